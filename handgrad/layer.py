@@ -1,0 +1,404 @@
+"""The contract that every layer keeps, and the little machinery that keeps it for them.
+
+A layer has `forward(x) -> out` and `backward(dout) -> dx`. Between the two it remembers what the backward needs, in a
+*record*. Records form a stack: each forward pushes one, each backward pops the latest. So one layer object may be
+used several times before the first backward, as in a recurrent net, and each backward still finds its own forward.
+
+Three conventions come from PyTorch. A parameter is a plain tensor and its gradient is that tensor's own `.grad`, so
+`torch.optim` and `torch.nn.utils.clip_grad_norm_` work unchanged. Gradients add up until `zero_grad()`. And
+`torch.no_grad()` means: record nothing.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping
+from typing import Any, ClassVar, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+from handgrad.errors import DtypeError, HandgradError, ShapeError, StateDictError, StateError
+
+L = TypeVar("L", bound="Layer")
+
+
+class _Declaration(NamedTuple):
+    """What a class says about one of its tensors: what it is for, and its shape in the names of the field."""
+
+    kind: str
+    shape: tuple[str, ...]
+
+
+def parameter(*shape: str) -> Any:
+    """Declare a trainable tensor at the top of a layer class, by its symbolic shape.
+
+    The declaration is all that makes a tensor a parameter: `__init__` assigns the tensor itself (or None for "does not
+    have one"), and `parameters()`, `state_dict()`, `to()` and the gradient checks find it.
+
+    >>> from handgrad import Layer, parameter
+    >>> class Scale(Layer):
+    ...     weight: Tensor = parameter("D")
+    ...     def __init__(self, size: int) -> None:
+    ...         self.weight = torch.ones(size)
+    >>> [(name, tuple(p.shape)) for name, p in Scale(3).named_parameters()]
+    [('weight', (3,))]
+    """
+    return _Declaration("parameter", shape)
+
+
+def buffer(*shape: str) -> Any:
+    """Declare a tensor that belongs to the layer's state but is not trained, such as a running mean."""
+    return _Declaration("buffer", shape)
+
+
+class Spec(NamedTuple):
+    """What dout must be like."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+
+
+class Record(NamedTuple):
+    """What one forward left for its backward."""
+
+    saved: tuple[Any, ...]
+    versions: tuple[int | None, ...]
+    out: Spec | tuple[Spec, ...]  # a tuple for a layer with several outputs
+
+
+class LoadResult(NamedTuple):
+    """The keys that `load_state_dict(strict=False)` passed over."""
+
+    missing_keys: list[str]
+    unexpected_keys: list[str]
+
+
+class Layer:
+    """The base of every layer, container and loss.
+
+    A subclass declares its tensors, and defines `forward` and `backward` with the help of four methods:
+
+    ======================  ============================================================================
+    `check_input(x)`        x is a tensor of a floating dtype (or of the dtype given)
+    `push(*saved, out=)`    at the end of forward: remember what backward needs
+    `pop(dout)`             at the start of backward: get it back; dout is checked against that forward
+    `add_grad(param, g)`    in backward: add g to param.grad
+    ======================  ============================================================================
+
+    What the two must do:
+
+    - `forward` checks first, never modifies its input, and pushes exactly one record.
+    - `backward` pops exactly one record, *adds* to each parameter's gradient a tensor that nobody else holds, never
+      modifies dout, and returns dx with the shape and dtype of x: None for an integer x, a tuple for several inputs.
+    - A `backward(dout, need_dx=True)` that takes the keyword is told when nobody wants dx, and may then return None.
+    - Both are plain tensor arithmetic: no autograd.
+
+    There is no `super().__init__()` to forget.
+
+    >>> class Square(Layer):
+    ...     def forward(self, x: Tensor) -> Tensor:
+    ...         self.check_input(x)
+    ...         out = x * x
+    ...         self.push(x, out=out)
+    ...         return out
+    ...     def backward(self, dout: Tensor) -> Tensor:
+    ...         (x,) = self.pop(dout)
+    ...         return 2 * x * dout
+    >>> square = Square()
+    >>> square(torch.tensor([3.0, -1.0]))
+    tensor([9., 1.])
+    >>> square.backward(torch.tensor([1.0, 10.0]))
+    tensor([  6., -20.])
+    """
+
+    training: bool
+    takes_need_dx: ClassVar[bool] = False
+    _declared: ClassVar[dict[str, _Declaration]] = {}
+    _records: list[Record]
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        own = {name: value for name, value in vars(cls).items() if isinstance(value, _Declaration)}
+        for name in own:
+            delattr(cls, name)  # an attribute that __init__ forgot is an AttributeError, not a declaration
+        cls._declared = {**cls._declared, **own}
+        cls.takes_need_dx = "need_dx" in inspect.signature(cls.backward).parameters
+
+    def __new__(cls: type[L], *args: Any, **kwargs: Any) -> L:
+        self = super().__new__(cls)
+        self._records = []
+        self.training = True
+        return self
+
+    # ------------------------------------------------------------------ what a subclass defines
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Compute the output. Subclasses define it."""
+        raise NotImplementedError(f"{type(self).__name__} must define forward")
+
+    def backward(self, *args: Any, **kwargs: Any) -> Any:
+        """Compute dx from dout and add to the parameters' gradients. Subclasses define it."""
+        raise NotImplementedError(f"{type(self).__name__} must define backward")
+
+    def extra_repr(self) -> str:
+        """What stands between the parentheses of `repr`: sizes, and whatever differs from the defaults."""
+        return ""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.forward(*args, **kwargs)
+
+    # ------------------------------------------------------------------ what forward and backward use
+
+    def error(self, kind: type[HandgradError], where: str, problem: str) -> HandgradError:
+        """Make an error whose text begins with this layer's repr and the method it happened in."""
+        return kind(f"{self!r}.{where}: {problem}")
+
+    def check_input(self, x: Tensor, dtype: torch.dtype | None = None) -> None:
+        """Raise DtypeError unless x is a tensor of `dtype`, or of any floating dtype where none is given."""
+        if not isinstance(x, Tensor):
+            raise self.error(DtypeError, "forward", f"x must be a torch.Tensor, got {type(x).__name__}")
+        if x.dtype is not dtype and (dtype is not None or not x.is_floating_point()):
+            wanted = "a floating dtype" if dtype is None else f"{dtype}, the dtype of the parameters"
+            raise self.error(
+                DtypeError, "forward", f"x must have {wanted}, got {x.dtype}; convert x or use layer.to(dtype)"
+            )
+
+    def push(self, *saved: Any, out: Tensor | tuple[Tensor, ...]) -> None:
+        """Record what the backward of this forward needs; a no-op under `torch.no_grad()`.
+
+        `saved` may hold tensors and anything else. A saved tensor is kept, not copied: changed in place before the
+        backward, it makes that backward a StateError. Save a parameter that backward reads, too.
+        """
+        if not torch.is_grad_enabled():
+            return
+        if self._records:
+            self._refuse_stale(self._records[0])
+        spec = Spec(out.shape, out.dtype) if isinstance(out, Tensor) else tuple([Spec(o.shape, o.dtype) for o in out])
+        versions = () if torch.compiler.is_compiling() else tuple([_version(t) for t in saved])
+        self._records.append(Record(saved, versions, spec))
+
+    def pop(self, dout: Any) -> tuple[Any, ...]:
+        """Check dout against the latest forward that has had no backward, and hand back what that forward saved.
+
+        Raises StateError without such a forward or where a saved tensor was changed since, ShapeError and DtypeError
+        where dout does not match the output. After an error the record is still there.
+        """
+        if not self._records:
+            raise self.error(
+                StateError,
+                "backward",
+                "no forward is waiting for a backward; call forward first, outside torch.no_grad(), "
+                "and backward once for each forward",
+            )
+        record = self._records[-1]
+        self._check_dout(dout, record.out)
+        if record.versions and changed(record):
+            raise self.error(
+                StateError,
+                "backward",
+                f"{self._name_changed(record)} was changed in place after the forward that recorded it; "
+                "run backward before an optimizer step or any in-place change",
+            )
+        self._records.pop()
+        return record.saved
+
+    def add_grad(self, param: Tensor | None, grad: Tensor) -> None:
+        """Add `grad`, which must have param's shape and dtype and share memory with nothing, to `param.grad`."""
+        if param is None:
+            return
+        if grad.shape != param.shape or grad.dtype is not param.dtype:
+            raise self.error(
+                ShapeError if grad.shape != param.shape else DtypeError,
+                "backward",
+                f"the gradient of {self._name_of(param)} must be {tuple(param.shape)} {param.dtype} like the "
+                f"parameter, got {tuple(grad.shape)} {grad.dtype}",
+            )
+        if param.grad is None:
+            param.grad = grad
+        else:
+            param.grad.add_(grad)
+
+    # ------------------------------------------------------------------ records
+
+    @property
+    def pending(self) -> int:
+        """How many forwards in this layer and the layers inside it still wait for their backward."""
+        return sum(len(layer._records) for _, layer in self.named_layers())
+
+    def drop_records(self) -> None:
+        """Forget every forward that still waits for its backward, here and in the layers inside."""
+        for _, layer in self.named_layers():
+            layer._records.clear()
+
+    def _check_dout(self, dout: Any, spec: Spec | tuple[Spec, ...]) -> None:
+        if not isinstance(spec, Spec):
+            if not isinstance(dout, tuple) or len(dout) != len(spec):
+                came = f"a tuple of {len(dout)}" if isinstance(dout, tuple) else type(dout).__name__
+                raise self.error(
+                    ShapeError, "backward", f"dout must be a tuple of {len(spec)} tensors, one an output, got {came}"
+                )
+            for d, s in zip(dout, spec):
+                self._check_dout(d, s)
+            return
+        if not isinstance(dout, Tensor):
+            raise self.error(DtypeError, "backward", f"dout must be a torch.Tensor, got {type(dout).__name__}")
+        if dout.shape != spec.shape:
+            raise self.error(
+                ShapeError,
+                "backward",
+                f"dout must have the shape of the output of the forward it belongs to, {tuple(spec.shape)}, "
+                f"got {tuple(dout.shape)}",
+            )
+        if dout.dtype is not spec.dtype:
+            problem = f"dout must have the dtype of the output, {spec.dtype}, got {dout.dtype}"
+            raise self.error(DtypeError, "backward", problem)
+
+    def _refuse_stale(self, record: Record) -> None:
+        """A record whose tensors have changed can never be used: it was left behind by an earlier step."""
+        if record.versions and changed(record):
+            raise self.error(
+                StateError,
+                "forward",
+                f"{len(self._records)} earlier forward(s) never had a backward, and {self._name_changed(record)} has "
+                "changed since; evaluate under torch.no_grad(), or discard them with drop_records()",
+            )
+
+    def _name_changed(self, record: Record) -> str:
+        return next(
+            self._name_of(t)
+            for t, version in zip(record.saved, record.versions)
+            if version is not None and _version(t) != version
+        )
+
+    def _name_of(self, tensor: Tensor) -> str:
+        named = ((name, getattr(self, name, None)) for name in self._declared)
+        return next((name for name, t in named if t is tensor), f"a recorded tensor of shape {tuple(tensor.shape)}")
+
+    # ------------------------------------------------------------------ the tree of layers and its tensors
+
+    def named_children(self) -> Iterator[tuple[str, Layer]]:
+        """The layers held directly in attributes, or in lists and tuples that are attributes, with their names."""
+        for name, value in vars(self).items():
+            if isinstance(value, Layer):
+                yield name, value
+            elif isinstance(value, (list, tuple)):
+                yield from ((f"{name}.{i}", item) for i, item in enumerate(value) if isinstance(item, Layer))
+
+    def named_layers(self, prefix: str = "") -> Iterator[tuple[str, Layer]]:
+        """Yield this layer and every layer inside, each object once, with its path ("" for this one)."""
+        seen: set[int] = set()
+        for path, layer in self._walk(prefix):
+            if id(layer) not in seen:
+                seen.add(id(layer))
+                yield path, layer
+
+    def _walk(self, prefix: str = "") -> Iterator[tuple[str, Layer]]:
+        yield prefix, self
+        for name, child in self.named_children():
+            yield from child._walk(f"{prefix}.{name}" if prefix else name)
+
+    def _tensors(self, kind: str) -> Iterator[tuple[str, Tensor]]:
+        """Every declared tensor of the kind ("" for all), under each of its names: a shared one comes several times."""
+        for path, layer in self._walk():
+            for wanted in ("parameter", "buffer"):
+                for name, declaration in layer._declared.items():
+                    tensor = getattr(layer, name)
+                    if declaration.kind == wanted and kind in ("", wanted) and tensor is not None:
+                        yield (f"{path}.{name}" if path else name), tensor
+
+    def named_parameters(self) -> Iterator[tuple[str, Tensor]]:
+        """Every parameter with its path. A tensor shared by several layers is one parameter, under its first name."""
+        return _distinct(self._tensors("parameter"))
+
+    def parameters(self) -> Iterator[Tensor]:
+        """Every parameter, each tensor once: what an optimizer takes."""
+        return (tensor for _, tensor in self.named_parameters())
+
+    def named_buffers(self) -> Iterator[tuple[str, Tensor]]:
+        """Every buffer with its path, each tensor once."""
+        return _distinct(self._tensors("buffer"))
+
+    def zero_grad(self) -> None:
+        """Set every parameter's gradient to None."""
+        for param in self.parameters():
+            param.grad = None
+
+    def train(self: L, mode: bool = True) -> L:
+        """Switch this layer and those inside to training (or, with mode=False, evaluation) behaviour."""
+        for _, layer in self.named_layers():
+            layer.training = mode
+        return self
+
+    def eval(self: L) -> L:
+        """Switch to evaluation behaviour. Recording does not depend on it: that is `torch.no_grad()`."""
+        return self.train(False)
+
+    def to(self: L, *targets: torch.dtype | torch.device | str) -> L:
+        """Convert to a floating dtype or move to a device, in place: ``to(torch.float64)``, ``to("cuda")``.
+
+        Tensors keep their identity, so an optimizer made before stays valid. Integer buffers keep their dtype.
+        Raises StateError while a forward waits for its backward.
+        """
+        if self.pending:
+            raise self.error(StateError, "to", "a forward still waits for its backward; run it, or drop_records()")
+        for _, tensor in _distinct(self._tensors("")):
+            grad, tensor.grad = tensor.grad, None
+            for target in targets:
+                if not isinstance(target, torch.dtype) or tensor.is_floating_point():
+                    tensor.data = tensor.data.to(target)
+            if grad is not None:
+                tensor.grad = grad.to(tensor.device, tensor.dtype)
+        return self
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Every parameter and buffer under its path; keys, shapes and layouts are those of the equal torch.nn model."""
+        return dict(self._tensors(""))
+
+    def load_state_dict(self, state: Mapping[str, Tensor], strict: bool = True) -> LoadResult:
+        """Copy `state` into this model's own tensors.
+
+        Raises StateDictError, with nothing copied, that lists every misshaped key and, if `strict`, every missing and
+        unexpected one.
+        """
+        own = self.state_dict()
+        missing = [key for key in own if key not in state]
+        unexpected = [key for key in state if key not in own]
+        misshaped = [key for key in own if key in state and own[key].shape != state[key].shape]
+        problems = [
+            f"{key}: expected shape {tuple(own[key].shape)}, got {tuple(state[key].shape)}" for key in misshaped
+        ]
+        if strict:
+            problems += [f"{key}: missing" for key in missing] + [f"{key}: unexpected" for key in unexpected]
+        if problems:
+            raise self.error(StateDictError, "load_state_dict", "\n  " + "\n  ".join(problems))
+        with torch.no_grad():
+            for key, tensor in own.items():
+                if key in state:
+                    tensor.copy_(state[key])
+        return LoadResult(missing, unexpected)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles carry the layer, not the forwards that wait for their backward."""
+        return {name: value for name, value in vars(self).items() if name != "_records"}
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.extra_repr()})"
+
+
+def _version(saved: Any) -> int | None:
+    """How often a tensor has been changed in place; None for what has no such count."""
+    return saved._version if isinstance(saved, Tensor) and not saved.is_inference() else None
+
+
+def changed(record: Record) -> bool:
+    """Whether a tensor in the record has been changed in place since it was recorded."""
+    return any(version is not None and _version(t) != version for t, version in zip(record.saved, record.versions))
+
+
+def _distinct(tensors: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    seen: set[int] = set()
+    for name, tensor in tensors:
+        if id(tensor) not in seen:
+            seen.add(id(tensor))
+            yield name, tensor

@@ -1,0 +1,89 @@
+"""The affine map."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from handgrad.errors import ArgumentError, ShapeError
+from handgrad.layer import Layer, parameter
+
+
+class Linear(Layer):
+    """Affine map of the last dimension.
+
+    Forward:   out = x @ weight.T + bias
+    Shapes:    x (..., D_in); weight (D_out, D_in); bias (D_out,); out (..., D_out)
+    Backward:  with n over all leading dimensions,
+               out[n, o] = sum_i x[n, i] weight[o, i] + bias[o], hence
+               dx[n, i]      = sum_o dout[n, o] weight[o, i]
+               dweight[o, i] = sum_n dout[n, o] x[n, i]
+               dbias[o]      = sum_n dout[n, o]
+    Recorded:  x, weight
+    Raises:    ShapeError, DtypeError; StateError from a backward without a forward.
+
+    By default weight and bias are drawn as torch.nn.Linear draws them, uniformly within 1/sqrt(D_in). With `gain`,
+    weight is normal with deviation gain/sqrt(D_in) and bias is zero (He et al. 2015, arXiv:1502.01852; the makemore
+    lectures use gain 5/3 before tanh).
+
+    >>> layer = Linear(3, 2)
+    >>> layer
+    Linear(3 -> 2)
+    >>> x = torch.ones(4, 3)
+    >>> out = layer(x)
+    >>> layer.backward(torch.ones(4, 2)).shape, layer.bias.grad
+    (torch.Size([4, 3]), tensor([4., 4.]))
+    """
+
+    weight: Tensor = parameter("D_out", "D_in")
+    bias: Tensor | None = parameter("D_out")
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        gain: float | None = None,
+        generator: torch.Generator | None = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        if in_features < 1 or out_features < 1:
+            raise ArgumentError(f"Linear: sizes must be at least 1, got {in_features} -> {out_features}")
+        self.in_features, self.out_features = in_features, out_features
+        self.weight = torch.empty(out_features, in_features, dtype=dtype, device=device)
+        self.bias = torch.empty(out_features, dtype=dtype, device=device) if bias else None
+        bound = 1 / math.sqrt(in_features)
+        if gain is None:
+            self.weight.uniform_(-bound, bound, generator=generator)
+        else:
+            self.weight.normal_(0, gain * bound, generator=generator)
+        if self.bias is not None and gain is None:
+            self.bias.uniform_(-bound, bound, generator=generator)
+        elif self.bias is not None:
+            self.bias.zero_()
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.check_input(x, self.weight.dtype)
+        if x.dim() == 0 or x.shape[-1] != self.in_features:
+            problem = f"last dimension of x must be {self.in_features}, got shape {tuple(x.shape)}"
+            raise self.error(ShapeError, "forward", problem)
+        out = linear(x, self.weight, self.bias)  # x @ weight.T + bias, (..., D_out)
+        self.push(x, self.weight, out=out)
+        return out
+
+    def backward(self, dout: Tensor, need_dx: bool = True) -> Tensor | None:
+        x, weight = self.pop(dout)
+        rows = dout.reshape(-1, self.out_features)  # (N, D_out)
+        # out = x @ weight.T + bias
+        self.add_grad(weight, rows.t() @ x.reshape(-1, self.in_features))  # (D_out, D_in)
+        if self.bias is not None:
+            self.add_grad(self.bias, rows.sum(0))  # (D_out,)
+        return dout @ weight if need_dx else None  # (..., D_in)
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features} -> {self.out_features}" + ("" if self.bias is not None else ", bias=False")

@@ -1,0 +1,90 @@
+"""The lookup table."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import embedding
+
+from handgrad.errors import ArgumentError, DtypeError, IndexRangeError
+from handgrad.layer import Layer, parameter
+
+
+class Embedding(Layer):
+    """Rows of a table, looked up by index.
+
+    Forward:   out[n] = weight[x[n]]
+    Shapes:    x (...) int64 or int32, 0 <= x < V; weight (V, D); out (..., D)
+    Backward:  weight[v] was copied to every n with x[n] = v, hence
+               dweight[v] = sum over those n of dout[n]; zero for v = padding_idx.
+               An index has no gradient: dx is None.
+    Recorded:  x
+    Raises:    IndexRangeError for an index outside the table, negative ones included; DtypeError for one that is no
+               integer; StateError from a backward without a forward.
+
+    The table is drawn as torch.nn.Embedding draws it, from the standard normal, with row `padding_idx` zero. A
+    negative `padding_idx` counts from the end. The row itself may be assigned; it just gets no gradient.
+
+    >>> layer = Embedding(5, 2)
+    >>> layer(torch.tensor([3, 3, 0])).shape
+    torch.Size([3, 2])
+    >>> layer.backward(torch.ones(3, 2))
+    >>> layer.weight.grad[:, 0]
+    tensor([1., 0., 0., 2., 0.])
+    """
+
+    weight: Tensor = parameter("V", "D")
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        padding_idx: int | None = None,
+        *,
+        generator: torch.Generator | None = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        if num_embeddings < 1 or embedding_dim < 1:
+            raise ArgumentError(f"Embedding: sizes must be at least 1, got {num_embeddings} -> {embedding_dim}")
+        if padding_idx is not None and not -num_embeddings <= padding_idx < num_embeddings:
+            raise ArgumentError(f"Embedding: padding_idx must be within the {num_embeddings} rows, got {padding_idx}")
+        self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
+        self.padding_idx = None if padding_idx is None else padding_idx % num_embeddings
+        self.weight = torch.empty(num_embeddings, embedding_dim, dtype=dtype, device=device)
+        self.weight.normal_(generator=generator)
+        if self.padding_idx is not None:
+            self.weight[self.padding_idx] = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not isinstance(x, Tensor) or x.dtype not in (torch.int64, torch.int32):
+            came = x.dtype if isinstance(x, Tensor) else type(x).__name__
+            raise self.error(DtypeError, "forward", f"x must be an int64 or int32 tensor of indices, got {came}")
+        if x.is_cuda:
+            self._check_range(x)  # a device reports a bad index late and fatally; the CPU kernel refuses it below
+        try:
+            out = embedding(x, self.weight)  # weight[x], (..., D)
+        except IndexError:
+            self._check_range(x)
+            raise
+        self.push(x, out=out)
+        return out
+
+    def backward(self, dout: Tensor) -> None:
+        (x,) = self.pop(dout)
+        # out[n] = weight[x[n]]: each dout[n] flows back to the row that was read
+        dweight = torch.zeros_like(self.weight)  # (V, D)
+        dweight.index_add_(0, x.reshape(-1), dout.reshape(-1, self.embedding_dim))
+        if self.padding_idx is not None:
+            dweight[self.padding_idx] = 0
+        self.add_grad(self.weight, dweight)
+
+    def _check_range(self, x: Tensor) -> None:
+        low, high = (int(limit) for limit in x.aminmax()) if x.numel() else (0, 0)
+        if low < 0 or high >= self.num_embeddings:
+            problem = f"indices must be in 0..{self.num_embeddings - 1}, got {low if low < 0 else high}"
+            raise self.error(IndexRangeError, "forward", problem)
+
+    def extra_repr(self) -> str:
+        padding = "" if self.padding_idx is None else f", padding_idx={self.padding_idx}"
+        return f"{self.num_embeddings} -> {self.embedding_dim}{padding}"

@@ -1,0 +1,130 @@
+"""Cross-entropy between logits and class indices."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from handgrad.errors import ArgumentError, DtypeError, IndexRangeError, ShapeError
+from handgrad.layer import buffer
+from handgrad.losses.loss import Loss
+
+
+class CrossEntropy(Loss):
+    """Negative log-likelihood of the target class under softmax(x).
+
+    Forward:   logp = log_softmax(x) over the classes, and for a row n with target y,
+               loss[n] = -(1 - s) w[y] logp[n, y] - s/C sum_c w[c] logp[n, c]
+               with s = label_smoothing and w = weight (or ones); 0 where y = ignore_index.
+               "sum" adds the rows up, "mean" divides that by the sum of w[y] over the rows not ignored
+               (no such row: 0/0, a loss of NaN, and a gradient of zero), "none" returns the rows.
+    Shapes:    x (C,), (N, C) or (N, C, d1, ...); target the same without C, int64; loss () or like target
+    Backward:  d logp[n, c] / d x[n, k] = [c = k] - p[n, k] with p = exp(logp): the softmax. Hence with q the vector
+               that multiplies -logp in loss[n]: q[c] = (1 - s) w[y] [c = y] + s/C w[c],
+               dx[n, k] = dloss[n] (p[n, k] sum_c q[c] - q[k])
+               which for w = 1, s = 0 is the familiar dloss[n] (p - onehot(y)), dloss[n] = 1/N for the mean.
+    Recorded:  logp, the target, and each row's factor
+    Raises:    ShapeError; DtypeError; IndexRangeError for a target that is neither a class nor ignore_index;
+               ArgumentError; StateError.
+    Source:    torch.nn.CrossEntropyLoss for the semantics; makemore lecture 4 for the simplified gradient.
+
+    >>> loss = CrossEntropy()
+    >>> loss(torch.zeros(2, 4), torch.tensor([1, 3]))  # log 4
+    tensor(1.3863)
+    >>> loss.backward()
+    tensor([[ 0.1250, -0.3750,  0.1250,  0.1250],
+            [ 0.1250,  0.1250,  0.1250, -0.3750]])
+    """
+
+    weight: Tensor | None = buffer("C")
+
+    def __init__(
+        self,
+        weight: Tensor | None = None,
+        ignore_index: int = -100,
+        label_smoothing: float = 0.0,
+        reduction: str = "mean",
+    ) -> None:
+        super().__init__(reduction)
+        if not 0 <= label_smoothing <= 1:
+            raise ArgumentError(f"CrossEntropy: label_smoothing must be in 0..1, got {label_smoothing}")
+        if weight is not None and weight.dim() != 1:
+            raise ArgumentError(f"CrossEntropy: weight must be (C,), one a class, got shape {tuple(weight.shape)}")
+        self.weight, self.ignore_index, self.label_smoothing = weight, ignore_index, label_smoothing
+
+    def forward(self, x: Tensor, target: Tensor) -> Tensor:
+        dim = self._check(x, target)
+        logp = torch.log_softmax(x, dim)
+        used = target != self.ignore_index
+        y = target.where(used, 0).unsqueeze(dim)  # an ignored row reads class 0 and is masked below
+        if x.is_cuda:
+            self._check_range(target, used, x.shape[dim])  # a device reports a bad label late and fatally
+        try:
+            rows = -logp.gather(dim, y).squeeze(dim)  # -logp[n, y]
+        except RuntimeError:
+            self._check_range(target, used, x.shape[dim])
+            raise
+        s, hit, spread = self.label_smoothing, used.to(x.dtype), None
+        if self.weight is not None:
+            hit = hit * self.weight[y.squeeze(dim)]  # w[y], 0 where ignored
+            rows = rows * self.weight[y.squeeze(dim)]
+        total = hit.sum()
+        if s > 0:
+            spread = used.to(x.dtype) * (s / x.shape[dim])
+            rows = (1 - s) * rows - (s / x.shape[dim]) * self._times_weight(logp, dim).sum(dim)
+            hit = (1 - s) * hit
+        rows = rows.where(used, 0)
+        if self.reduction == "none":
+            out = rows
+        elif self.reduction == "sum":
+            out = rows.sum()
+        else:
+            out = rows.sum() / total
+            share = 1 / total.masked_fill(total == 0, 1)
+            hit, spread = hit * share, None if spread is None else spread * share
+        self.push(logp, y, hit, spread, dim, out=out)
+        return out
+
+    def backward(self, dout: Tensor | None = None) -> Tensor:
+        logp, y, hit, spread, dim = self.pop(dout)
+        if dout is not None:
+            hit, spread = hit * dout, None if spread is None else spread * dout
+        # loss[n] = -sum_c q[c] logp[n, c], with q[c] = hit [c = y] + spread w[c]
+        hit = hit.unsqueeze(dim)
+        dx: Tensor = logp.exp()  # p
+        if spread is None:
+            dx.mul_(hit)
+        else:
+            spread = self._times_weight(spread.unsqueeze(dim).expand_as(dx), dim)
+            dx.mul_(hit + spread.sum(dim, keepdim=True)).sub_(spread)
+        return dx.scatter_add_(dim, y, -hit)
+
+    def _times_weight(self, x: Tensor, dim: int) -> Tensor:
+        return x if self.weight is None else x * self.weight.view(-1, *[1] * (x.dim() - dim - 1))
+
+    def _check(self, x: Tensor, target: Tensor) -> int:
+        """Check both inputs; the dimension of x that holds the classes."""
+        self.check_input(x, None if self.weight is None else self.weight.dtype)
+        if not isinstance(target, Tensor) or target.dtype != torch.int64:
+            came = target.dtype if isinstance(target, Tensor) else type(target).__name__
+            raise self.error(DtypeError, "forward", f"target must be an int64 tensor of class indices, got {came}")
+        dim = min(x.dim() - 1, 1)
+        if dim < 0 or target.shape != x.shape[:dim] + x.shape[dim + 1 :]:
+            problem = f"x must be (C,) or (N, C, ...) and target the same without C, got {tuple(x.shape)} and "
+            raise self.error(ShapeError, "forward", problem + f"{tuple(target.shape)}")
+        if self.weight is not None and self.weight.shape[0] != x.shape[dim]:
+            problem = f"x must have {self.weight.shape[0]} classes, one a weight, got shape {tuple(x.shape)}"
+            raise self.error(ShapeError, "forward", problem)
+        return dim
+
+    def _check_range(self, target: Tensor, used: Tensor, classes: int) -> None:
+        wrong = target[used & ((target < 0) | (target >= classes))]
+        if wrong.numel():
+            problem = f"targets must be in 0..{classes - 1} or ignore_index={self.ignore_index}, got {int(wrong[0])}"
+            raise self.error(IndexRangeError, "forward", problem)
+
+    def extra_repr(self) -> str:
+        changes = [] if self.weight is None else [f"weight of {self.weight.shape[0]} classes"]
+        defaults = {"ignore_index": -100, "label_smoothing": 0.0, "reduction": "mean"}
+        changes += [f"{k}={getattr(self, k)!r}" for k, default in defaults.items() if getattr(self, k) != default]
+        return ", ".join(changes)

@@ -1,0 +1,93 @@
+"""Stochastic gradient descent. Any optimizer of torch.optim works on the same parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from handgrad.errors import ArgumentError
+
+
+class SGD(torch.optim.Optimizer):
+    """Stochastic gradient descent with momentum, to the letter of torch.optim.SGD.
+
+    Step:     g = grad (its negative if `maximize`) + weight_decay p
+              with momentum: buf = momentum buf + (1 - dampening) g (in the first step buf = g), then
+              g = g + momentum buf if `nesterov`, else g = buf
+              p = p - lr g
+    Raises:   ArgumentError for a negative lr, momentum or weight_decay, or nesterov without momentum or with dampening.
+    Source:   torch.optim.SGD; Sutskever et al. 2013 (proceedings.mlr.press/v28/sutskever13) for momentum.
+
+    It is a torch.optim.Optimizer, so `param_groups`, `state_dict()` and the schedulers of
+    torch.optim.lr_scheduler work as usual. A parameter whose `.grad` is None is left alone.
+
+    >>> from handgrad import Linear
+    >>> layer = Linear(1, 1, bias=False)
+    >>> _ = layer.weight.fill_(1.0)
+    >>> optimizer = SGD(layer.parameters(), lr=0.1)
+    >>> _ = layer(torch.tensor([[2.0]])), layer.backward(torch.tensor([[1.0]]))
+    >>> optimizer.step()
+    >>> layer.weight  # 1 - 0.1 * 2
+    tensor([[0.8000]])
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-3,
+        momentum: float = 0.0,
+        dampening: float = 0.0,
+        weight_decay: float = 0.0,
+        nesterov: bool = False,
+        *,
+        maximize: bool = False,
+    ) -> None:
+        for name, value in (("lr", lr), ("momentum", momentum), ("weight_decay", weight_decay)):
+            if not value >= 0:
+                raise ArgumentError(f"SGD: {name} must be at least 0, got {value}")
+        if nesterov and (momentum == 0 or dampening != 0):
+            raise ArgumentError(f"SGD: nesterov needs momentum above 0 and dampening 0, got {momentum} and {dampening}")
+        defaults = {
+            "lr": lr,
+            "momentum": momentum,
+            "dampening": dampening,
+            "weight_decay": weight_decay,
+            "nesterov": nesterov,
+            "maximize": maximize,
+        }
+        super().__init__(params, defaults)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Update every parameter that has a gradient; returns closure()'s result where a closure is given."""
+        loss = None if closure is None else closure()
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            if params:
+                self._update(params, [p.grad for p in params], group)
+        return loss
+
+    def _update(self, params: list[Tensor], grads: list[Tensor], group: dict[str, Any]) -> None:
+        """One multi-tensor operation a line of the formula. The gradients themselves are never written to."""
+        if group["maximize"]:
+            grads = list(torch._foreach_neg(grads))
+        if group["weight_decay"] != 0:
+            grads = list(torch._foreach_add(grads, params, alpha=group["weight_decay"]))
+        if group["momentum"] != 0:
+            buffers = self._momentum(params, grads, group["momentum"], 1 - group["dampening"])
+            grads = list(torch._foreach_add(grads, buffers, alpha=group["momentum"])) if group["nesterov"] else buffers
+        torch._foreach_add_(params, grads, alpha=-group["lr"])
+
+    def _momentum(self, params: list[Tensor], grads: list[Tensor], momentum: float, share: float) -> list[Tensor]:
+        """The buffers after buf = momentum buf + share g; in a parameter's first step buf = g."""
+        begun = [i for i, p in enumerate(params) if "momentum_buffer" in self.state[p]]
+        if begun:
+            buffers = [self.state[params[i]]["momentum_buffer"] for i in begun]
+            torch._foreach_mul_(buffers, momentum)
+            torch._foreach_add_(buffers, [grads[i] for i in begun], alpha=share)
+        for i in set(range(len(params))).difference(begun):
+            self.state[params[i]]["momentum_buffer"] = grads[i].clone()
+        return [self.state[p]["momentum_buffer"] for p in params]
