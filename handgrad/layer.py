@@ -63,7 +63,7 @@ class Record(NamedTuple):
     """What one forward left for its backward."""
 
     saved: tuple[Any, ...]
-    versions: tuple[int | None, ...]
+    versions: list[int]  # how often each tensor in `saved` had been changed in place by then
     out: Spec | tuple[Spec, ...]  # a tuple for a layer with several outputs
 
 
@@ -175,8 +175,7 @@ class Layer:
         if self._records:
             self._refuse_stale(self._records[0])
         spec = Spec(out.shape, out.dtype) if isinstance(out, Tensor) else tuple([Spec(o.shape, o.dtype) for o in out])
-        versions = () if torch.compiler.is_compiling() else tuple([_version(t) for t in saved])
-        self._records.append(Record(saved, versions, spec))
+        self._records.append(Record(saved, _versions(saved), spec))
 
     def pop(self, dout: Any) -> tuple[Any, ...]:
         """Check dout against the latest forward that has had no backward, and hand back what that forward saved.
@@ -193,7 +192,7 @@ class Layer:
             )
         record = self._records[-1]
         self._check_dout(dout, record.out)
-        if record.versions and changed(record):
+        if record.versions != _versions(record.saved):
             raise self.error(
                 StateError,
                 "backward",
@@ -256,7 +255,7 @@ class Layer:
 
     def _refuse_stale(self, record: Record) -> None:
         """A record whose tensors have changed can never be used: it was left behind by an earlier step."""
-        if record.versions and changed(record):
+        if record.versions != _versions(record.saved):
             raise self.error(
                 StateError,
                 "forward",
@@ -265,11 +264,8 @@ class Layer:
             )
 
     def _name_changed(self, record: Record) -> str:
-        return next(
-            self._name_of(t)
-            for t, version in zip(record.saved, record.versions)
-            if version is not None and _version(t) != version
-        )
+        pairs = zip(_versioned(record.saved), record.versions)
+        return next(self._name_of(t) for t, version in pairs if t._version != version)
 
     def _name_of(self, tensor: Tensor) -> str:
         named = ((name, getattr(self, name, None)) for name in self._declared)
@@ -386,14 +382,14 @@ class Layer:
         return f"{type(self).__name__}({self.extra_repr()})"
 
 
-def _version(saved: Any) -> int | None:
-    """How often a tensor has been changed in place; None for what has no such count."""
-    return saved._version if isinstance(saved, Tensor) and not saved.is_inference() else None
+def _versioned(saved: tuple[Any, ...]) -> list[Tensor]:
+    """The tensors that count their in-place changes: all but those made under torch.inference_mode()."""
+    return [t for t in saved if isinstance(t, Tensor) and not t.is_inference()]
 
 
-def changed(record: Record) -> bool:
-    """Whether a tensor in the record has been changed in place since it was recorded."""
-    return any(version is not None and _version(t) != version for t, version in zip(record.saved, record.versions))
+def _versions(saved: tuple[Any, ...]) -> list[int]:
+    """How often each of the tensors has been changed in place; nothing in a compiled graph, which has no such count."""
+    return [] if torch.compiler.is_compiling() else [t._version for t in _versioned(saved)]
 
 
 def _distinct(tensors: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:

@@ -82,11 +82,13 @@ class BatchNorm1d(Layer):
             dims = _all_but_channels(x)
             mean = x.mean(dims)  # (C,)
             diff = x - _column(mean, x)
-            sum_square = (diff * diff).sum(dims)  # (C,)
-            m = n - 1 if self.unbiased else n
-            var = sum_square / m
+            var = (diff * diff).mean(dims)  # (C,)
+            m = n
+            if self.unbiased:
+                m = n - 1
+                var = var * (n / m)
             if self.training and n > 0:
-                self._update_running(mean, sum_square / (n - 1))
+                self._update_running(mean, var if self.unbiased else var * (n / (n - 1)))
         else:
             var = self.running_var
             diff = x - _column(self.running_mean, x)
@@ -113,8 +115,8 @@ class BatchNorm1d(Layer):
         if m is None:
             return dout * _column(a, dout)
         n = dout.numel() // self.num_features
-        b, c = a * dweight / -m, a * dbias / -n  # (C,)
-        return torch.addcmul(_column(c, dout), xhat, _column(b, dout)).addcmul_(dout, _column(a, dout))
+        dx = torch.addcmul(_column(dbias, dout), xhat, _column(dweight, dout), value=n / max(m, 1))
+        return torch.sub(dout, dx, alpha=1 / max(n, 1), out=dx).mul_(_column(a, dout))
 
     def _update_running(self, mean: Tensor, var: Tensor) -> None:
         if self.running_mean is None or self.running_var is None or self.num_batches_tracked is None:

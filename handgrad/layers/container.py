@@ -42,7 +42,7 @@ class Sequential(Layer):
     def forward(self, x: Any) -> Any:
         for i, layer in enumerate(self.layers):
             try:
-                x = layer(x)
+                x = layer.forward(x)
             except Exception as error:
                 locate(error, str(i), layer)
                 raise

@@ -78,11 +78,14 @@ class Linear(Layer):
 
     def backward(self, dout: Tensor, need_dx: bool = True) -> Tensor | None:
         x, weight = self.pop(dout)
-        rows = dout.reshape(-1, self.out_features)  # (N, D_out)
+        if dout.dim() == 2:
+            x2, dout2 = x, dout
+        else:
+            x2, dout2 = x.reshape(-1, self.in_features), dout.reshape(-1, self.out_features)
         # out = x @ weight.T + bias
-        self.add_grad(weight, rows.t() @ x.reshape(-1, self.in_features))  # (D_out, D_in)
+        self.add_grad(weight, dout2.t() @ x2)  # (D_out, D_in)
         if self.bias is not None:
-            self.add_grad(self.bias, rows.sum(0))  # (D_out,)
+            self.add_grad(self.bias, dout2.sum(0))  # (D_out,)
         return dout @ weight if need_dx else None  # (..., D_in)
 
     def extra_repr(self) -> str:

@@ -23,7 +23,7 @@ class CrossEntropy(Loss):
                that multiplies -logp in loss[n]: q[c] = (1 - s) w[y] [c = y] + s/C w[c],
                dx[n, k] = dloss[n] (p[n, k] sum_c q[c] - q[k])
                which for w = 1, s = 0 is the familiar dloss[n] (p - onehot(y)), dloss[n] = 1/N for the mean.
-    Recorded:  logp, the target, and each row's factor
+    Recorded:  logp and the target; with class weights w[y]; with ignored rows their mask; for the mean its divisor
     Raises:    ShapeError; DtypeError; IndexRangeError for a target that is neither a class nor ignore_index;
                ArgumentError; StateError.
     Source:    torch.nn.CrossEntropyLoss for the semantics; makemore lecture 4 for the simplified gradient.
@@ -54,58 +54,63 @@ class CrossEntropy(Loss):
 
     def forward(self, x: Tensor, target: Tensor) -> Tensor:
         dim = self._check(x, target)
+        s, classes = self.label_smoothing, x.shape[dim]
+        used = self._used(target, classes)  # None where every row is
+        y = target.unsqueeze(dim) if used is None else target.where(used, 0).unsqueeze(dim)
+        used = None if used is None else used.unsqueeze(dim)
+        wy = None if self.weight is None else self.weight[y]  # w[y], one class wide like y
         logp = torch.log_softmax(x, dim)
-        used = target != self.ignore_index
-        y = target.where(used, 0).unsqueeze(dim)  # an ignored row reads class 0 and is masked below
-        if x.is_cuda:
-            self._check_range(target, used, x.shape[dim])  # a device reports a bad label late and fatally
-        try:
-            rows = -logp.gather(dim, y).squeeze(dim)  # -logp[n, y]
-        except RuntimeError:
-            self._check_range(target, used, x.shape[dim])
-            raise
-        s, hit, spread = self.label_smoothing, used.to(x.dtype), None
-        if self.weight is not None:
-            hit = hit * self.weight[y.squeeze(dim)]  # w[y], 0 where ignored
-            rows = rows * self.weight[y.squeeze(dim)]
-        total = hit.sum()
+        rows = logp.gather(dim, y) if wy is None else logp.gather(dim, y) * wy
         if s > 0:
-            spread = used.to(x.dtype) * (s / x.shape[dim])
-            rows = (1 - s) * rows - (s / x.shape[dim]) * self._times_weight(logp, dim).sum(dim)
-            hit = (1 - s) * hit
-        rows = rows.where(used, 0)
+            rows = (1 - s) * rows + s / classes * self._weighted(logp, dim).sum(dim, keepdim=True)
+        if used is not None:
+            rows = rows.where(used, 0)
+        share = None
         if self.reduction == "none":
-            out = rows
+            out = rows.squeeze(dim).neg()
         elif self.reduction == "sum":
-            out = rows.sum()
+            out = rows.sum().neg()
         else:
-            out = rows.sum() / total
-            share = 1 / total.masked_fill(total == 0, 1)
-            hit, spread = hit * share, None if spread is None else spread * share
-        self.push(logp, y, hit, spread, dim, out=out)
+            total = self._total(y, wy, used)
+            out = rows.sum() / -total
+            share = 1 / total.masked_fill(total == 0, 1) if isinstance(total, Tensor) else 1 / max(total, 1)
+        self.push(logp, y, wy, used, share, out=out)
         return out
 
     def backward(self, dout: Tensor | None = None) -> Tensor:
-        logp, y, hit, spread, dim = self.pop(dout)
-        if dout is not None:
-            hit, spread = hit * dout, None if spread is None else spread * dout
-        # loss[n] = -sum_c q[c] logp[n, c], with q[c] = hit [c = y] + spread w[c]
-        hit = hit.unsqueeze(dim)
+        logp, y, wy, used, share = self.pop(dout)
+        dim = min(logp.dim() - 1, 1)
+        s, classes = self.label_smoothing, logp.shape[dim]
+        # loss[n] = -sum_c q[c] logp[n, c], so dx = p sum_c q[c] - q
         dx: Tensor = logp.exp()  # p
-        if spread is None:
-            dx.mul_(hit)
+        if wy is not None:
+            w = self._weighted(torch.ones_like(logp), dim) * (s / classes)
+            dx.mul_(wy * (1 - s) + w.sum(dim, keepdim=True)).sub_(w).scatter_add_(dim, y, wy * (s - 1))
+        elif s > 0:
+            dx.sub_(s / classes).scatter_(dim, y, s - 1, reduce="add")
         else:
-            spread = self._times_weight(spread.unsqueeze(dim).expand_as(dx), dim)
-            dx.mul_(hit + spread.sum(dim, keepdim=True)).sub_(spread)
-        return dx.scatter_add_(dim, y, -hit)
+            dx.scatter_(dim, y, -1, reduce="add")
+        if used is not None:
+            dx.mul_(used)
+        if share is not None:
+            dx.mul_(share)
+        if dout is not None:
+            dx.mul_(dout.unsqueeze(dim) if dout.dim() else dout)
+        return dx
 
-    def _times_weight(self, x: Tensor, dim: int) -> Tensor:
+    def _weighted(self, x: Tensor, dim: int) -> Tensor:
         return x if self.weight is None else x * self.weight.view(-1, *[1] * (x.dim() - dim - 1))
+
+    def _total(self, y: Tensor, wy: Tensor | None, used: Tensor | None) -> Tensor | int:
+        """What the mean divides by: the sum of w[y] over the rows that are used."""
+        if wy is None:
+            return y.numel() if used is None else used.sum()
+        return wy.sum() if used is None else (wy * used).sum()
 
     def _check(self, x: Tensor, target: Tensor) -> int:
         """Check both inputs; the dimension of x that holds the classes."""
         self.check_input(x, None if self.weight is None else self.weight.dtype)
-        if not isinstance(target, Tensor) or target.dtype != torch.int64:
+        if not isinstance(target, Tensor) or target.dtype is not torch.int64:
             came = target.dtype if isinstance(target, Tensor) else type(target).__name__
             raise self.error(DtypeError, "forward", f"target must be an int64 tensor of class indices, got {came}")
         dim = min(x.dim() - 1, 1)
@@ -117,11 +122,25 @@ class CrossEntropy(Loss):
             raise self.error(ShapeError, "forward", problem)
         return dim
 
-    def _check_range(self, target: Tensor, used: Tensor, classes: int) -> None:
+    def _used(self, target: Tensor, classes: int) -> Tensor | None:
+        """Which rows are not ignored, or None for all of them; labels that are no class are refused.
+
+        The range check already tells whether a row can be ignored, so the usual batch goes without masks. A compiled
+        graph cannot look at values and always takes the mask.
+        """
+        if torch.compiler.is_compiling():
+            return target != self.ignore_index
+        if target.numel() == 0:
+            return None
+        low, high = (int(limit) for limit in target.aminmax())
+        if low >= 0 and high < classes and not low <= self.ignore_index <= high:
+            return None
+        used = target != self.ignore_index
         wrong = target[used & ((target < 0) | (target >= classes))]
         if wrong.numel():
             problem = f"targets must be in 0..{classes - 1} or ignore_index={self.ignore_index}, got {int(wrong[0])}"
             raise self.error(IndexRangeError, "forward", problem)
+        return used
 
     def extra_repr(self) -> str:
         changes = [] if self.weight is None else [f"weight of {self.weight.shape[0]} classes"]
