@@ -19,6 +19,7 @@ from handgrad.layers.sparse import Embedding
 from handgrad.losses.cross_entropy import CrossEntropy
 from handgrad.losses.loss import Loss
 from handgrad.optim import SGD
+from handgrad.train import TrainStep
 
 __version__ = "0.1.0"
 
@@ -40,6 +41,7 @@ __all__ = [
     "StateDictError",
     "StateError",
     "Tanh",
+    "TrainStep",
     "buffer",
     "parameter",
 ]
