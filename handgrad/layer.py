@@ -64,7 +64,7 @@ class Record(NamedTuple):
 
     saved: tuple[Any, ...]
     versions: list[int]  # how often each tensor in `saved` had been changed in place by then
-    out: Spec | tuple[Spec, ...]  # a tuple for a layer with several outputs
+    out: Spec | tuple[Any, ...]  # a tuple for a layer with several outputs, each again a Spec or a tuple
 
 
 class LoadResult(NamedTuple):
@@ -164,18 +164,17 @@ class Layer:
                 DtypeError, "forward", f"x must have {wanted}, got {x.dtype}; convert x or use layer.to(dtype)"
             )
 
-    def push(self, *saved: Any, out: Tensor | tuple[Tensor, ...]) -> None:
+    def push(self, *saved: Any, out: Any) -> None:
         """Record what the backward of this forward needs; a no-op under `torch.no_grad()`.
 
-        `saved` may hold tensors and anything else. A saved tensor is kept, not copied: changed in place before the
+        `out` is a tensor, or a tuple for several outputs. `saved` may hold tensors and anything else. A saved tensor is kept, not copied: changed in place before the
         backward, it makes that backward a StateError. Save a parameter that backward reads, too.
         """
         if not torch.is_grad_enabled():
             return
         if self._records:
             self._refuse_stale(self._records[0])
-        spec = Spec(out.shape, out.dtype) if isinstance(out, Tensor) else tuple([Spec(o.shape, o.dtype) for o in out])
-        self._records.append(Record(saved, _versions(saved), spec))
+        self._records.append(Record(saved, _versions(saved), _spec(out)))
 
     def pop(self, dout: Any) -> tuple[Any, ...]:
         """Check dout against the latest forward that has had no backward, and hand back what that forward saved.
@@ -230,7 +229,7 @@ class Layer:
         for _, layer in self.named_layers():
             layer._records.clear()
 
-    def _check_dout(self, dout: Any, spec: Spec | tuple[Spec, ...]) -> None:
+    def _check_dout(self, dout: Any, spec: Spec | tuple[Any, ...]) -> None:
         if not isinstance(spec, Spec):
             if not isinstance(dout, tuple) or len(dout) != len(spec):
                 came = f"a tuple of {len(dout)}" if isinstance(dout, tuple) else type(dout).__name__
@@ -380,6 +379,10 @@ class Layer:
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.extra_repr()})"
+
+
+def _spec(out: Any) -> Spec | tuple[Any, ...]:
+    return Spec(out.shape, out.dtype) if isinstance(out, Tensor) else tuple([_spec(o) for o in out])
 
 
 def _versioned(saved: tuple[Any, ...]) -> list[Tensor]:

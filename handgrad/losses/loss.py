@@ -22,7 +22,7 @@ class Loss(Layer):
             raise ArgumentError(f"{type(self).__name__}: reduction must be one of {REDUCTIONS}, got {reduction!r}")
         self.reduction = reduction
 
-    def _check_dout(self, dout: Any, spec: Spec | tuple[Spec, ...]) -> None:
+    def _check_dout(self, dout: Any, spec: Spec | tuple[Any, ...]) -> None:
         """Accept None, standing for 1, where the loss is a scalar."""
         if dout is not None:
             super()._check_dout(dout, spec)
