@@ -12,6 +12,7 @@ from handgrad.errors import (
 from handgrad.layer import Layer, buffer, parameter
 from handgrad.layers.activation import Tanh
 from handgrad.layers.batchnorm import BatchNorm1d
+from handgrad.layers.branches import Concat, Identity, Parallel, Product, Residual, Sum
 from handgrad.layers.container import Sequential
 from handgrad.layers.flatten import Flatten
 from handgrad.layers.linear import Linear
@@ -27,19 +28,25 @@ __all__ = [
     "SGD",
     "ArgumentError",
     "BatchNorm1d",
+    "Concat",
     "CrossEntropy",
     "DtypeError",
     "Embedding",
     "Flatten",
     "HandgradError",
+    "Identity",
     "IndexRangeError",
     "Layer",
     "Linear",
     "Loss",
+    "Parallel",
+    "Product",
+    "Residual",
     "Sequential",
     "ShapeError",
     "StateDictError",
     "StateError",
+    "Sum",
     "Tanh",
     "TrainStep",
     "buffer",

@@ -167,8 +167,9 @@ class Layer:
     def push(self, *saved: Any, out: Any) -> None:
         """Record what the backward of this forward needs; a no-op under `torch.no_grad()`.
 
-        `out` is a tensor, or a tuple for several outputs. `saved` may hold tensors and anything else. A saved tensor is kept, not copied: changed in place before the
-        backward, it makes that backward a StateError. Save a parameter that backward reads, too.
+        `out` is a tensor, or a tuple for several outputs. `saved` may hold tensors and anything else. A saved tensor is
+        kept, not copied: changed in place before the backward, it makes that backward a StateError. Save a parameter
+        that backward reads, too.
         """
         if not torch.is_grad_enabled():
             return
