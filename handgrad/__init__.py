@@ -10,12 +10,14 @@ from handgrad.errors import (
     StateError,
 )
 from handgrad.layer import Layer, buffer, parameter
-from handgrad.layers.activation import Tanh
+from handgrad.layers.activation import GELU, LeakyReLU, LogSoftmax, ReLU, Sigmoid, SiLU, Softmax, Tanh
 from handgrad.layers.batchnorm import BatchNorm1d
 from handgrad.layers.branches import Concat, Identity, Parallel, Product, Residual, Sum
 from handgrad.layers.container import Sequential
-from handgrad.layers.flatten import Flatten
+from handgrad.layers.dropout import Dropout
+from handgrad.layers.flatten import Flatten, FlattenConsecutive
 from handgrad.layers.linear import Linear
+from handgrad.layers.normalization import LayerNorm, RMSNorm
 from handgrad.layers.sparse import Embedding
 from handgrad.losses.cross_entropy import CrossEntropy
 from handgrad.losses.loss import Loss
@@ -25,25 +27,36 @@ from handgrad.train import TrainStep
 __version__ = "0.1.0"
 
 __all__ = [
+    "GELU",
     "SGD",
     "ArgumentError",
     "BatchNorm1d",
     "Concat",
     "CrossEntropy",
+    "Dropout",
     "DtypeError",
     "Embedding",
     "Flatten",
+    "FlattenConsecutive",
     "HandgradError",
     "Identity",
     "IndexRangeError",
     "Layer",
+    "LayerNorm",
+    "LeakyReLU",
     "Linear",
+    "LogSoftmax",
     "Loss",
     "Parallel",
     "Product",
+    "RMSNorm",
+    "ReLU",
     "Residual",
     "Sequential",
     "ShapeError",
+    "SiLU",
+    "Sigmoid",
+    "Softmax",
     "StateDictError",
     "StateError",
     "Sum",
