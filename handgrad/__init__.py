@@ -11,6 +11,7 @@ from handgrad.errors import (
 )
 from handgrad.layer import Layer, buffer, parameter
 from handgrad.layers.activation import GELU, LeakyReLU, LogSoftmax, ReLU, Sigmoid, SiLU, Softmax, Tanh
+from handgrad.layers.attention import SelfAttention
 from handgrad.layers.batchnorm import BatchNorm1d
 from handgrad.layers.branches import Concat, Identity, Parallel, Product, Residual, Sum
 from handgrad.layers.container import Sequential
@@ -18,7 +19,9 @@ from handgrad.layers.dropout import Dropout
 from handgrad.layers.flatten import Flatten, FlattenConsecutive
 from handgrad.layers.linear import Linear
 from handgrad.layers.normalization import LayerNorm, RMSNorm
+from handgrad.layers.rnn import GRUCell, LSTMCell, RNNCell
 from handgrad.layers.sparse import Embedding
+from handgrad.layers.unroll import Unroll
 from handgrad.losses.cross_entropy import CrossEntropy
 from handgrad.losses.loss import Loss
 from handgrad.optim import SGD
@@ -38,9 +41,11 @@ __all__ = [
     "Embedding",
     "Flatten",
     "FlattenConsecutive",
+    "GRUCell",
     "HandgradError",
     "Identity",
     "IndexRangeError",
+    "LSTMCell",
     "Layer",
     "LayerNorm",
     "LeakyReLU",
@@ -50,8 +55,10 @@ __all__ = [
     "Parallel",
     "Product",
     "RMSNorm",
+    "RNNCell",
     "ReLU",
     "Residual",
+    "SelfAttention",
     "Sequential",
     "ShapeError",
     "SiLU",
@@ -62,6 +69,7 @@ __all__ = [
     "Sum",
     "Tanh",
     "TrainStep",
+    "Unroll",
     "buffer",
     "parameter",
 ]

@@ -57,9 +57,7 @@ def test_errors_and_repr():
         LayerNorm(5)(torch.zeros(2, 4))
     with pytest.raises(ShapeError, match=r"last 2 dimensions of x must be \(3, 5\), got shape \(5,\)"):
         RMSNorm((3, 5))(torch.zeros(5))
-    with pytest.raises(
-        DtypeError, match=r"x must have torch\.float32, the dtype of the parameters"
-    ):
+    with pytest.raises(DtypeError, match=r"x must have torch\.float32, the dtype of the parameters"):
         LayerNorm(5)(torch.zeros(2, 5, dtype=torch.float64))
     with pytest.raises(ArgumentError, match=r"LayerNorm: normalized_shape must be one or more sizes of at least 1"):
         LayerNorm(())
