@@ -22,8 +22,11 @@ from handgrad.layers.normalization import LayerNorm, RMSNorm
 from handgrad.layers.rnn import GRUCell, LSTMCell, RNNCell
 from handgrad.layers.sparse import Embedding
 from handgrad.layers.unroll import Unroll
+from handgrad.losses.bce import BCEWithLogits
 from handgrad.losses.cross_entropy import CrossEntropy
+from handgrad.losses.linear_cross_entropy import LinearCrossEntropy
 from handgrad.losses.loss import Loss
+from handgrad.losses.mse import MSE
 from handgrad.optim import SGD
 from handgrad.train import TrainStep
 
@@ -31,8 +34,10 @@ __version__ = "0.1.0"
 
 __all__ = [
     "GELU",
+    "MSE",
     "SGD",
     "ArgumentError",
+    "BCEWithLogits",
     "BatchNorm1d",
     "Concat",
     "CrossEntropy",
@@ -50,6 +55,7 @@ __all__ = [
     "LayerNorm",
     "LeakyReLU",
     "Linear",
+    "LinearCrossEntropy",
     "LogSoftmax",
     "Loss",
     "Parallel",

