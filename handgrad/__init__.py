@@ -1,5 +1,6 @@
 """A mini layer framework on PyTorch tensors without autograd: every layer has a forward and an explicit backward."""
 
+from handgrad.bridge import from_torch, to_torch
 from handgrad.errors import (
     ArgumentError,
     DtypeError,
@@ -77,5 +78,7 @@ __all__ = [
     "TrainStep",
     "Unroll",
     "buffer",
+    "from_torch",
     "parameter",
+    "to_torch",
 ]
