@@ -321,12 +321,12 @@ def plot(run: Run, path: Path, title: str) -> None:
     pyplot = require("matplotlib.pyplot")
     losses, window = run.losses[: run.step], min(1000, max(1, run.step // 20))
     figure, axes = pyplot.subplots(figsize=(9, 5), layout="constrained")
-    axes.plot(range(1, run.step + 1), losses, color="tab:blue", alpha=0.15, linewidth=0.5, label="minibatch")
+    axes.plot(range(1, run.step + 1), losses.numpy(), color="tab:blue", alpha=0.15, linewidth=0.5, label="minibatch")
     if run.step:
         sums = torch.cat([torch.zeros(1, dtype=torch.float64), losses.double().cumsum(0)])
         means = (sums[window:] - sums[:-window]) / window
         label = f"mean over {window:,} steps"
-        axes.plot(range(window, run.step + 1), means, color="tab:blue", linewidth=1.8, label=label)
+        axes.plot(range(window, run.step + 1), means.numpy(), color="tab:blue", linewidth=1.8, label=label)
         low, high = float(means.min()), float(means.max())
         axes.set_ylim(low - 0.5 * (high - low) - 0.05, high + 0.5 * (high - low) + 0.05)
     if run.validations:
@@ -339,7 +339,8 @@ def plot(run: Run, path: Path, title: str) -> None:
     axes.set(title=title, xlabel="step", ylabel="cross-entropy (nats a character)")
     axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.grid(alpha=0.2)
-    axes.legend(loc="upper right")
+    for line in axes.legend(loc="upper right").get_lines():
+        line.set(alpha=1, linewidth=1.8)
     image = io.BytesIO()
     figure.savefig(image, dpi=120, format="png")
     pyplot.close(figure)
