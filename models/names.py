@@ -321,7 +321,17 @@ def plot(run: Run, path: Path, title: str) -> None:
     pyplot = require("matplotlib.pyplot")
     losses, window = run.losses[: run.step], min(1000, max(1, run.step // 20))
     figure, axes = pyplot.subplots(figsize=(9, 5), layout="constrained")
-    axes.plot(range(1, run.step + 1), losses.numpy(), color="tab:blue", alpha=0.15, linewidth=0.5, label="minibatch")
+    size = min(2.0, 60 / max(1, run.step) ** 0.5)
+    axes.plot(
+        range(1, run.step + 1),
+        losses.numpy(),
+        "o",
+        color="tab:blue",
+        alpha=0.1,
+        markersize=size,
+        markeredgewidth=0,
+        label="minibatch",
+    )
     if run.step:
         sums = torch.cat([torch.zeros(1, dtype=torch.float64), losses.double().cumsum(0)])
         means = (sums[window:] - sums[:-window]) / window
@@ -340,7 +350,7 @@ def plot(run: Run, path: Path, title: str) -> None:
     axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.grid(alpha=0.2)
     for line in axes.legend(loc="upper right").get_lines():
-        line.set(alpha=1, linewidth=1.8)
+        line.set(alpha=1, markersize=4)
     image = io.BytesIO()
     figure.savefig(image, dpi=120, format="png")
     pyplot.close(figure)
