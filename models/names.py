@@ -6,6 +6,7 @@ A model script defines how its layers are put together and calls `main`; everyth
 from __future__ import annotations
 
 import argparse
+import copy
 import hashlib
 import importlib
 import io
@@ -321,24 +322,15 @@ def plot(run: Run, path: Path, title: str) -> None:
     pyplot = require("matplotlib.pyplot")
     losses, window = run.losses[: run.step], min(1000, max(1, run.step // 20))
     figure, axes = pyplot.subplots(figsize=(9, 5), layout="constrained")
-    size = min(2.0, 60 / max(1, run.step) ** 0.5)
-    axes.plot(
-        range(1, run.step + 1),
-        losses.numpy(),
-        "o",
-        color="tab:blue",
-        alpha=0.1,
-        markersize=size,
-        markeredgewidth=0,
-        label="minibatch",
-    )
+    raw = {"color": "tab:blue", "alpha": max(0.03, min(0.3, 600 / (run.step + 1))), "markersize": 1.5}
+    axes.plot(range(1, run.step + 1), losses.numpy(), "o", markeredgewidth=0, label="minibatch", **raw)
     if run.step:
         sums = torch.cat([torch.zeros(1, dtype=torch.float64), losses.double().cumsum(0)])
         means = (sums[window:] - sums[:-window]) / window
         label = f"mean over {window:,} steps"
         axes.plot(range(window, run.step + 1), means.numpy(), color="tab:blue", linewidth=1.8, label=label)
-        low, high = float(means.min()), float(means.max())
-        axes.set_ylim(low - 0.5 * (high - low) - 0.05, high + 0.5 * (high - low) + 0.05)
+        if run.step > 20:
+            axes.set_ylim(*(float(losses.nan_to_num().quantile(share)) for share in (0.002, 0.998)))
     if run.validations:
         axes.plot(*zip(*run.validations), "o-", color="tab:orange", markersize=4, label="validation")
     change = run.config.steps // 2
@@ -384,11 +376,12 @@ def report(run: Run, losses: dict[str, float], samples: list[str], settings: dic
 
 
 def check_gradients(run: Run, split: Split) -> bool:
-    """Print every gradient of the first batch beside autograd's; whether they agree."""
+    """Print every gradient of the first batch beside autograd's, in float64; whether they agree."""
     table = require("handgrad.testing").gradient_table
     generator = torch.Generator()
     generator.set_state(run.generator.get_state())
-    result = table(run.model, CrossEntropy(), *minibatch(split, run.config.batch_size, generator))
+    model = copy.deepcopy(run.model).to(torch.float64)
+    result = table(model, CrossEntropy(), *minibatch(split, run.config.batch_size, generator))
     print(result, flush=True)
     return bool(result.ok)
 
@@ -493,7 +486,7 @@ def parse_flags(description: str, defaults: Config, argv: Sequence[str] | None) 
     result.add_argument(
         "--check",
         action="store_true",
-        help="before training, compare every gradient of the first batch with autograd; exit 1 if one differs",
+        help="before training, compare the gradients of the first batch (in float64) with autograd; exit 1 if any is off",
     )
     result.add_argument(
         "--samples", type=whole(0, 10**6), default=20, metavar="N", help="names to sample at the end (default 20)"
@@ -628,5 +621,5 @@ def resume(
         run = Run.new(config, vocabulary, build, device)
         restore(run, tensors, metadata)
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise InputError(f"the checkpoint {path} is damaged: {error}") from None
+        raise InputError(f"the checkpoint {path} is damaged: {str(error).splitlines()[-1].strip()}") from None
     return run
