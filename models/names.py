@@ -486,7 +486,7 @@ def parse_flags(description: str, defaults: Config, argv: Sequence[str] | None) 
     result.add_argument(
         "--check",
         action="store_true",
-        help="before training, compare the gradients of the first batch (in float64) with autograd; exit 1 if any is off",
+        help="before training, hold the first gradients against autograd, in float64; exit 1 if any is off",
     )
     result.add_argument(
         "--samples", type=whole(0, 10**6), default=20, metavar="N", help="names to sample at the end (default 20)"
