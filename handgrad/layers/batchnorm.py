@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from handgrad.errors import ArgumentError, ShapeError
-from handgrad.layer import Layer, buffer, parameter
+from handgrad.layer import Layer, buffer, parameter, scratch
 
 
 class BatchNorm1d(Layer):
@@ -20,13 +20,14 @@ class BatchNorm1d(Layer):
                With momentum=None the factor is 1/num_batches_tracked: the plain average. In evaluation, mean and var
                are the running ones, constants; without running statistics they are always those of the batch.
     Shapes:    x (N, C) or (N, C, L); weight, bias, running_mean, running_var (C,); out like x
-    Backward:  dbias = sum dout;  dweight = sum dout xhat;  dxhat = dout weight.
-               In evaluation dx = dxhat rstd. In training x also acts through var and mean:
-               dvar  = sum dxhat (x - mean) (-1/2) rstd^3 = -1/2 rstd^2 sum dxhat xhat
-               dmean = -rstd sum dxhat              (the way through var adds nothing: sum (x - mean) = 0)
-               dx    = dxhat rstd + dvar 2 (x - mean)/m + dmean/n
-                     = a dout + b xhat + c  with, per channel, a = weight rstd, b = -a dweight/m, c = -a dbias/n
-    Recorded:  xhat, rstd, weight
+               In the code diff = x - mean and scale = weight rstd, so that out = diff scale + bias.
+    Backward:  dbias = sum dout;  dweight = sum dout xhat = rstd sum dout diff;  dxhat = dout weight.
+               In evaluation dx = dxhat rstd = dout scale. In training x also acts through var and mean:
+               dvar  = sum dxhat diff (-1/2) rstd^3 = -1/2 rstd^2 weight dweight
+               dmean = -rstd sum dxhat = -scale dbias    (the way through var adds nothing: sum diff = 0)
+               dx    = dxhat rstd + dvar 2 diff/m + dmean/n
+                     = a dout + b diff + c  with, per channel, a = scale, b = -scale rstd dweight/m, c = -scale dbias/n
+    Recorded:  diff, rstd, scale, weight
     Raises:    ShapeError, also for a batch of one value a channel in training; DtypeError; StateError.
     Source:    Ioffe and Szegedy 2015, arXiv:1502.03167; the simplified dx in makemore lecture 4, which uses n - 1.
 
@@ -75,6 +76,7 @@ class BatchNorm1d(Layer):
             raise self.error(ShapeError, "forward", problem)
         n = x.shape[0] if x.dim() == 2 else x.shape[0] * x.shape[2]
         m: int | None = None  # None: mean and var are constants, and the backward has nothing to send through them
+        memory = None  # x-sized, made here, for out
         if self.training or self.running_mean is None or self.running_var is None:
             if n == 1:
                 problem = f"the variance of a batch needs more than one value a channel, got shape {tuple(x.shape)}; "
@@ -82,7 +84,9 @@ class BatchNorm1d(Layer):
             dims = _all_but_channels(x)
             mean = x.mean(dims)  # (C,)
             diff = x - _column(mean, x)
-            var = (diff * diff).mean(dims)  # (C,)
+            square = diff * diff
+            memory = scratch(square)
+            var = square.mean(dims)  # (C,)
             m = n
             if self.unbiased:
                 m = n - 1
@@ -93,35 +97,38 @@ class BatchNorm1d(Layer):
             var = self.running_var
             diff = x - _column(self.running_mean, x)
         rstd = (var + self.eps).rsqrt()  # (C,)
-        xhat = diff * _column(rstd, x)
-        out = xhat
-        if self.weight is not None and self.bias is not None:
-            out = torch.addcmul(_column(self.bias, x), xhat, _column(self.weight, x))
-        self.push(xhat, rstd, self.weight, m, out=out)
+        scale = rstd if self.weight is None else self.weight * rstd  # (C,)
+        if self.bias is None:
+            out = torch.mul(diff, _column(scale, x), out=memory)
+        else:
+            out = torch.addcmul(_column(self.bias, x), diff, _column(scale, x), out=memory)
+        self.push(diff, rstd, scale, self.weight, m, out=out)
         return out
 
     def backward(self, dout: Tensor, need_dx: bool = True) -> Tensor | None:
-        xhat, rstd, weight, m = self.pop(dout)
+        diff, rstd, scale, weight, m = self.pop(dout)
         dims = _all_but_channels(dout)
-        # out = xhat weight + bias
+        # out = diff rstd weight + bias
+        product = dout * diff
         dbias = dout.sum(dims)  # (C,)
-        dweight = (dout * xhat).sum(dims)  # (C,)
+        dweight = product.sum(dims) * rstd  # (C,)
         self.add_grad(weight, dweight)
         self.add_grad(self.bias, dbias)
         if not need_dx:
             return None
-        # xhat = (x - mean) rstd
-        a = rstd if weight is None else weight * rstd  # (C,)
+        # diff = x - mean, rstd = 1/sqrt(sum diff^2 / m + eps)
         if m is None:
-            return dout * _column(a, dout)
-        n = dout.numel() // self.num_features
-        dx = torch.addcmul(_column(dbias, dout), xhat, _column(dweight, dout), value=n / max(m, 1))
-        return torch.sub(dout, dx, alpha=1 / max(n, 1), out=dx).mul_(_column(a, dout))
+            return torch.mul(dout, _column(scale, dout), out=product)
+        n = max(dout.numel() // self.num_features, 1)
+        k = scale / -n  # (C,)
+        b, c = _column(k * rstd * dweight, dout), _column(k * dbias, dout)
+        dx = torch.addcmul(c, diff, b, value=n / max(m, 1), out=product)
+        return dx.addcmul_(dout, _column(scale, dout))
 
     def _update_running(self, mean: Tensor, var: Tensor) -> None:
         if self.running_mean is None or self.running_var is None or self.num_batches_tracked is None:
             return
-        self.num_batches_tracked += 1
+        self.num_batches_tracked.add_(1)
         factor = 1 / self.num_batches_tracked.to(mean.dtype) if self.momentum is None else self.momentum
         self.running_mean.lerp_(mean.detach(), factor)
         self.running_var.lerp_(var.detach(), factor)
