@@ -17,7 +17,7 @@ class Tanh(Layer):
 
     Forward:   out = tanh(x)
     Shapes:    any
-    Backward:  tanh' = 1 - tanh^2, hence dx = dout (1 - out^2)
+    Backward:  tanh' = 1 - tanh^2, hence dx = dout (1 - out^2) = dout - (dout out) out
     Recorded:  out. Changing out in place before the backward is a StateError.
     Raises:    DtypeError; ShapeError and StateError from backward.
 
@@ -37,8 +37,8 @@ class Tanh(Layer):
     def backward(self, dout: Tensor) -> Tensor:
         (out,) = self.pop(dout)
         # out = tanh(x)
-        dx: Tensor = 1 - out * out
-        return dx.mul_(dout)
+        dx = dout * out
+        return torch.addcmul(dout, dx, out, value=-1, out=dx)
 
 
 class Sigmoid(Layer):

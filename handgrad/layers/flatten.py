@@ -31,8 +31,8 @@ class Flatten(Layer):
 
     def forward(self, x: Tensor) -> Tensor:
         self.check_input(x)
-        dims = max(x.dim(), 1)
-        start, end = (dim + dims if dim < 0 else dim for dim in (self.start_dim, self.end_dim))
+        dims, start, end = x.dim() or 1, self.start_dim, self.end_dim
+        start, end = start + dims if start < 0 else start, end + dims if end < 0 else end
         if not 0 <= start <= end < dims:
             problem = f"x must have dimensions {self.start_dim} to {self.end_dim} in order, got shape {tuple(x.shape)}"
             raise self.error(ShapeError, "forward", problem)
