@@ -124,7 +124,11 @@ def copies(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def name_of(layer: Any) -> str:
     """The layer's repr, without the memory address that a class without a repr of its own would show."""
-    return type(layer).__name__ if type(layer).__repr__ is object.__repr__ else repr(layer)
+    return (
+        type(layer).__name__
+        if "__repr__" not in {k for c in type(layer).__mro__[:-1] for k in vars(c)}
+        else repr(layer)
+    )
 
 
 def _inherited(method: str) -> Any:

@@ -14,9 +14,10 @@ from hypothesis import HealthCheck, Phase
 from hypothesis.errors import Flaky, Unsatisfiable
 
 from handgrad.errors import ArgumentError
-from handgrad.testing import calls, judge
-from handgrad.testing.errors import CheckError, CheckFailure, ContractError, VacuousCheck
+from handgrad.testing import judge
+from handgrad.testing.errors import CheckError, CheckFailure, ContractError, LayerCrash, VacuousCheck
 from handgrad.testing.plan import Plan, plan_of
+from handgrad.testing.properties.values import is_refusal
 from handgrad.testing.report import PropertyReport, Report, failure_text
 from handgrad.testing.sample import PROPERTIES, NotApplicable, Sample
 from handgrad.testing.sensitivity import plant
@@ -163,7 +164,7 @@ class _Runner:
                 self.report.note = f"does not apply: {reason}"
             except Unsatisfiable:
                 failure = VacuousCheck(
-                    f"{self.name}: the layer refused every input drawn, so nothing was checked. Give sizes= that it takes"
+                    f"{self.name}: the layer refused every input drawn, so nothing was checked; give sizes= it takes"
                 )
             except Flaky as error:
                 failure = ContractError(
@@ -206,7 +207,9 @@ class _Runner:
         sample = sample if self.policed else replace(sample, policed=False)
         try:
             PROPERTIES[self.name].check(sample)
-        except CheckFailure:
+        except CheckFailure as failure:
+            if isinstance(failure, LayerCrash) and is_refusal(sample.layer, failure.details["inputs"], failure):
+                hypothesis.reject()  # a row too few for the mode that this property needs
             self.failing = sample
             raise
         self.report.examples += 1

@@ -7,7 +7,7 @@ from typing import Any
 from handgrad.errors import HandgradError
 
 
-class CheckFailure(HandgradError, AssertionError):
+class CheckFailure(HandgradError, AssertionError):  # noqa: N818  # an assertion that failed, not an accident
     """The layer is wrong. The base of GradientMismatch, OutputMismatch, ContractError and LayerCrash.
 
     `details` holds what the failing property knew: the tensors got and wanted, the limit, and the like. Under
@@ -43,5 +43,5 @@ class OracleError(CheckError):
     """The gradient to compare with is itself wrong: finite differences of the forward disagree with it."""
 
 
-class VacuousCheck(CheckError):
+class VacuousCheck(CheckError):  # noqa: N818  # named for what it found
     """The check passed but could not have failed: too few distinct examples, nothing compared, a fault unnoticed."""

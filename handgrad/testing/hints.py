@@ -85,7 +85,7 @@ def _difference(got: Tensor, want: Tensor) -> Iterator[str]:
             continue
         spread = off - off.mean(dim, keepdim=True)
         if judge.largest(spread) < 1e-9 * judge.largest(off):
-            yield f"it is off by the same amount all along dimension {dim}: a sum or mean over it is missing or too much"
+            yield f"it is off by the same amount all along dimension {dim}: a sum or mean over it is missing"
         hit = flat.any(1)
         if int(hit.sum()) == 1 and flat.shape[1] > 0:
             yield f"it is wrong only at index {int(hit.nonzero()[0])} of dimension {dim}"

@@ -1,4 +1,4 @@
-"""What to draw: the sizes and inputs that a line like ``check_layer(lambda V, D: Embedding(V, D), x="N T < V")`` names."""
+"""What to draw: the sizes and inputs that ``check_layer(lambda V, D: Embedding(V, D), x="N T < V")`` names."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ import torch
 
 from handgrad.errors import ArgumentError
 
-SYNTAX = """An input is described by its dimensions, in order: a name is a size (the same name is the same size everywhere,
-and an argument of the constructor if it has one of that name), a number is itself, *N stands for 0 to 3 dimensions. What
-may follow: "< V" integers from 0 to V-1; "> 0" positive numbers; "in 0 1" numbers from 0 to 1; "bool".
-Examples: "*N D", "N T < V", "N C *L", "N D in 0 1"."""
+SYNTAX = """An input is described by its dimensions, in order. A name is a size: the same name is the same size
+everywhere, and is given to the constructor if it has an argument of that name. A number is itself; *N stands for 0 to
+3 dimensions. What may follow: "< V" integers from 0 to V-1; "> 0" positive numbers; "in 0 1" numbers from 0 to 1;
+"bool". Examples: "*N D", "N T < V", "N C *L", "N D in 0 1"."""
 
 
 @dataclass(frozen=True)

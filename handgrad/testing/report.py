@@ -58,7 +58,7 @@ class Report:
         lines = [f"{self.subject}: right, by {self.oracle}", "", head, *map(str, self.properties)]
         if self.faults:
             lines += ["", "faults planted to see whether this check can notice them:"]
-            lines += [f"    {name:<42}{fate}" for name, fate in self.faults.items()]
+            lines += [f"    {name:<50}{fate}" for name, fate in self.faults.items()]
         return "\n".join(lines)
 
 

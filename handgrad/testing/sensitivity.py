@@ -209,8 +209,8 @@ class DoutContiguous(Faulty):  # noqa: D101
 
 def _misread(d: Tensor) -> Tensor:
     """The elements that a kernel would read that goes by data_ptr and shape alone."""
-    storage = torch.tensor([], dtype=d.dtype).set_(d.untyped_storage())  # type: ignore[call-overload]
-    places = (torch.arange(d.numel()) + d.storage_offset()).clamp(max=max(storage.numel() - 1, 0))
+    storage = torch.tensor([], dtype=d.dtype).set_(d.untyped_storage())
+    places: Tensor = torch.arange(d.numel()).add(d.storage_offset()).clamp(max=max(storage.numel() - 1, 0))
     return storage[places].view(d.shape) if d.numel() else d
 
 
@@ -343,7 +343,7 @@ def plant(kept: Mapping[str, list[Sample]], skip: Mapping[str, str]) -> dict[str
     if survivors:
         raise VacuousCheck(
             f"these inputs cannot notice {'; nor '.join(survivors)}. The layer passed, but would also have passed with "
-            "that fault. Let x, options, sizes or ranges vary more; or skip={'sensitivity': 'reason'} if it cannot matter"
+            "that fault. Let x, options, sizes or ranges vary more; or skip={'sensitivity': 'why'} if it cannot matter"
         )
     return {name: fate.text for name, fate in fates.items()}
 

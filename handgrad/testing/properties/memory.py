@@ -187,7 +187,7 @@ def _writable(t: Tensor) -> bool:
 
 @prop(14, "plumbing")
 def assert_plumbing(s: Sample) -> None:
-    """repr works; a copy, a pickle and a state_dict each carry the layer over, and it then works the same."""
+    """A repr works; a copy, a pickle and a state_dict each carry the layer over, and it then works the same."""
     layer = s.copy()
     if not isinstance(repr(layer), str) or not repr(layer):
         raise ContractError("repr must give a text")

@@ -17,7 +17,7 @@ F32 = torch.finfo(torch.float32).eps
 
 @prop(1, "gradients")
 def assert_gradients(s: Sample) -> None:
-    """dx and the gradient of every parameter: there, of the exact shape and dtype, and right.
+    """The gradients of x and of every parameter: there, of the exact shape and dtype, and right.
 
     The values are judged in float64, within 1e-9 of the tensor's scale. A backward that takes `need_dx` must give the
     parameters the same gradients when dx is declined.
@@ -37,7 +37,7 @@ def assert_gradients(s: Sample) -> None:
 
 @prop(6, "linearity")
 def assert_linearity(s: Sample) -> None:
-    """backward is linear in dout: it scales, it adds, and it sends an exact zero back as an exact zero."""
+    """The backward is linear in dout: it scales, it adds, and it sends an exact zero back as an exact zero."""
     limit = judge.within(judge.AGAINST_ORACLE, s.douts)
     base = s.result.grads
     scaled = calls.run(s.layer, s.inputs, tuple(-2.5 * d for d in s.douts), s.seed).grads
