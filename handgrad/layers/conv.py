@@ -122,7 +122,7 @@ class Conv1d(Layer):
             form = f"{self.in_channels}, " + ", ".join("L" if self.dims == 1 else "HW")
             problem = f"x must be (N, {form}) or ({form}), got shape {tuple(x.shape)}"
             raise self.error(ShapeError, "forward", problem)
-        reach = [d * (k - 1) + 1 - 2 * p for k, d, p in zip(self.kernel_size, self.dilation, self.padding)]
+        reach = [max(d * (k - 1) + 1 - 2 * p, 1) for k, d, p in zip(self.kernel_size, self.dilation, self.padding)]
         extra = self.extra[-1::-2] or [0] * self.dims
         if any(size + more < least for size, more, least in zip(x.shape[-self.dims :], extra, reach)):
             problem = (

@@ -164,8 +164,9 @@ def _padding(kind: str, value: int | tuple[int, int], kernel_size: tuple[int, in
 
 
 def _check(layer: Layer, x: Tensor, least: list[int]) -> None:
-    if x.dim() not in (3, 4):
-        raise layer.error(ShapeError, "forward", f"x must be (N, C, H, W) or (C, H, W), got shape {tuple(x.shape)}")
+    if x.dim() not in (3, 4) or x.shape[-3] == 0:
+        problem = f"x must be (N, C, H, W) or (C, H, W) with C at least 1, got shape {tuple(x.shape)}"
+        raise layer.error(ShapeError, "forward", problem)
     if any(size < max(n, 1) for size, n in zip(x.shape[-2:], least)):
         problem = (
             f"x must be at least {max(least[0], 1)} by {max(least[1], 1)} for one window, got shape {tuple(x.shape)}"

@@ -128,7 +128,9 @@ def test_errors_and_repr():
         Conv1d(2, 3, 4, stride=2, padding="same")
     with pytest.raises(ArgumentError, match="Conv1d: padding must be numbers, 'same' or 'valid', got 'full'"):
         Conv1d(2, 3, 4, padding="full")
-    with pytest.raises(ShapeError, match=r"x must be \(N, C, H, W\) or \(C, H, W\), got shape \(4, 4\)"):
+    with pytest.raises(
+        ShapeError, match=r"x must be \(N, C, H, W\) or \(C, H, W\) with C at least 1, got shape \(4, 4\)"
+    ):
         MaxPool2d(2)(torch.zeros(4, 4))
     with pytest.raises(ShapeError, match=r"x must be at least 3 by 3 for one window, got shape \(1, 2, 4\)"):
         AvgPool2d(3)(torch.zeros(1, 2, 4))
