@@ -160,8 +160,6 @@ class _Runner:
         with judge.tallying() as tally:
             try:
                 self._hypothesis()
-            except NotApplicable as reason:
-                self.report.note = f"does not apply: {reason}"
             except Unsatisfiable:
                 failure = VacuousCheck(
                     f"{self.name}: the layer refused every input drawn, so nothing was checked; give sizes= it takes"
@@ -179,6 +177,8 @@ class _Runner:
                 failure.__notes__ = []  # type: ignore[attr-defined]
         if failure is not None:
             raise failure from failure.__cause__
+        if self.report.examples:
+            self.report.note = ""
         self.report.elements, self.report.worst = tally.elements, tally.worst
         self.report.distinct = len(self.keys)
         self.report.seconds = time.perf_counter() - start
@@ -207,6 +207,9 @@ class _Runner:
         sample = sample if self.policed else replace(sample, policed=False)
         try:
             PROPERTIES[self.name].check(sample)
+        except NotApplicable as reason:  # to this example; perhaps to another one
+            self.report.note = f"does not apply: {reason}"
+            return
         except CheckFailure as failure:
             if isinstance(failure, LayerCrash) and is_refusal(sample.layer, failure.details["inputs"], failure):
                 hypothesis.reject()  # a row too few for the mode that this property needs
