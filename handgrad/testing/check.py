@@ -147,7 +147,8 @@ class _Runner:
         self.kept: list[Sample] = []
         self.first: Sample | None = None
         self.keys: set[int] = set()
-        self.failing: Sample | None = None
+        self.failing: Sample | None = None  # the latest, in the end the smallest
+        self.rich: Sample | None = None  # the one with most elements, which tells more
         share = EXAMPLES.get(name, OTHERS) / EXAMPLES["gradients"]
         profile = hypothesis.settings().max_examples
         self.examples = max(2, round(share * (examples or EXAMPLES["gradients"] * profile / 100)))
@@ -170,7 +171,9 @@ class _Runner:
                     f"from somewhere else than torch's generator or its own ({error})"
                 )
             except CheckFailure as error:
-                failure = type(error)(failure_text(error, self.name, self.failing, self._again(error)), **error.details)
+                failure = type(error)(
+                    failure_text(error, self.name, self.failing, self.rich, self._again(error)), **error.details
+                )
                 failure.__cause__ = error.__cause__
             except CheckError as error:
                 failure = error
@@ -214,6 +217,8 @@ class _Runner:
             if isinstance(failure, LayerCrash) and is_refusal(sample.layer, failure.details["inputs"], failure):
                 hypothesis.reject()  # a row too few for the mode that this property needs
             self.failing = sample
+            if self.rich is None or sum(map(torch.numel, sample.douts)) > sum(map(torch.numel, self.rich.douts)):
+                self.rich = sample
             raise
         self.report.examples += 1
         self.keys.add(sample.key())
