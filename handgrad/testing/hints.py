@@ -108,7 +108,7 @@ def _proportional(s: Sample, got: Tensor, want: Tensor) -> Iterator[str]:
             squares = (base * base).sum(dim, keepdim=True).clamp(min=1e-300)
             factor = (off * base).sum(dim, keepdim=True) / squares
             if judge.largest(off - factor * base) < 1e-9 * judge.largest(off):
-                yield f"it is off by a multiple of {name} along dimension {dim}: a path through a sum over it is missing"
+                yield f"it is off by a multiple of {name} along dimension {dim}: a path through a sum is missing"
 
 
 def _overwritten(s: Sample, details: dict[str, Any]) -> Iterator[str]:
