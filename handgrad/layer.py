@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Mapping
-from typing import Any, ClassVar, NamedTuple, TypeVar
+from typing import Any, ClassVar, NamedTuple, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
@@ -52,19 +52,21 @@ def buffer(*shape: str) -> Any:
     return _Declaration("buffer", shape)
 
 
-class Spec(NamedTuple):
-    """What dout must be like."""
+Spec: TypeAlias = tuple[torch.Size, torch.dtype] | list[Any]
+"""What dout must be like: shape and dtype, or a list of specs where it is a tuple."""
 
-    shape: torch.Size
-    dtype: torch.dtype
+Record: TypeAlias = tuple[tuple[Any, ...], list[int], Spec]
+"""What one forward left for its backward: what it saved, how often each saved tensor had been changed in place by then,
+and what dout must be like. Plain tuples: every step makes one a layer."""
 
 
-class Record(NamedTuple):
-    """What one forward left for its backward."""
+def scratch(t: Tensor) -> Tensor | None:
+    """What a forward gives as `out=` to put its result into the memory of t, which it made and needs no more.
 
-    saved: tuple[Any, ...]
-    versions: list[int]  # how often each tensor in `saved` had been changed in place by then
-    out: Spec | tuple[Spec, ...]  # a tuple for a layer with several outputs
+    Fresh memory costs more than arithmetic. None, for fresh memory after all, where autograd is looking on (as the
+    gradient checks let it), because autograd may still need t.
+    """
+    return None if t.requires_grad else t
 
 
 class LoadResult(NamedTuple):
@@ -164,18 +166,19 @@ class Layer:
                 DtypeError, "forward", f"x must have {wanted}, got {x.dtype}; convert x or use layer.to(dtype)"
             )
 
-    def push(self, *saved: Any, out: Tensor | tuple[Tensor, ...]) -> None:
+    def push(self, *saved: Any, out: Any) -> None:
         """Record what the backward of this forward needs; a no-op under `torch.no_grad()`.
 
-        `saved` may hold tensors and anything else. A saved tensor is kept, not copied: changed in place before the
-        backward, it makes that backward a StateError. Save a parameter that backward reads, too.
+        `out` is a tensor, or a tuple for several outputs. `saved` may hold tensors and anything else. A saved tensor is
+        kept, not copied: changed in place before the backward, it makes that backward a StateError. Save a parameter
+        that backward reads, too.
         """
         if not torch.is_grad_enabled():
             return
-        if self._records:
-            self._refuse_stale(self._records[0])
-        spec = Spec(out.shape, out.dtype) if isinstance(out, Tensor) else tuple([Spec(o.shape, o.dtype) for o in out])
-        self._records.append(Record(saved, _versions(saved), spec))
+        records = self._records
+        if records:
+            self._refuse_stale(records[0])
+        records.append((saved, _versions(saved), _spec(out)))
 
     def pop(self, dout: Any) -> tuple[Any, ...]:
         """Check dout against the latest forward that has had no backward, and hand back what that forward saved.
@@ -190,17 +193,17 @@ class Layer:
                 "no forward is waiting for a backward; call forward first, outside torch.no_grad(), "
                 "and backward once for each forward",
             )
-        record = self._records[-1]
-        self._check_dout(dout, record.out)
-        if record.versions != _versions(record.saved):
+        saved, versions, spec = self._records[-1]
+        self._check_dout(dout, spec)
+        if versions != _versions(saved):
             raise self.error(
                 StateError,
                 "backward",
-                f"{self._name_changed(record)} was changed in place after the forward that recorded it; "
+                f"{self._name_changed(saved, versions)} was changed in place after the forward that recorded it; "
                 "run backward before an optimizer step or any in-place change",
             )
         self._records.pop()
-        return record.saved
+        return saved
 
     def add_grad(self, param: Tensor | None, grad: Tensor) -> None:
         """Add `grad`, which must have param's shape and dtype and share memory with nothing, to `param.grad`."""
@@ -230,8 +233,8 @@ class Layer:
         for _, layer in self.named_layers():
             layer._records.clear()
 
-    def _check_dout(self, dout: Any, spec: Spec | tuple[Spec, ...]) -> None:
-        if not isinstance(spec, Spec):
+    def _check_dout(self, dout: Any, spec: Spec) -> None:
+        if isinstance(spec, list):
             if not isinstance(dout, tuple) or len(dout) != len(spec):
                 came = f"a tuple of {len(dout)}" if isinstance(dout, tuple) else type(dout).__name__
                 raise self.error(
@@ -240,31 +243,34 @@ class Layer:
             for d, s in zip(dout, spec):
                 self._check_dout(d, s)
             return
+        shape, dtype = spec
         if not isinstance(dout, Tensor):
             raise self.error(DtypeError, "backward", f"dout must be a torch.Tensor, got {type(dout).__name__}")
-        if dout.shape != spec.shape:
+        if dout.shape != shape:
             raise self.error(
                 ShapeError,
                 "backward",
-                f"dout must have the shape of the output of the forward it belongs to, {tuple(spec.shape)}, "
+                f"dout must have the shape of the output of the forward it belongs to, {tuple(shape)}, "
                 f"got {tuple(dout.shape)}",
             )
-        if dout.dtype is not spec.dtype:
-            problem = f"dout must have the dtype of the output, {spec.dtype}, got {dout.dtype}"
+        if dout.dtype is not dtype:
+            problem = f"dout must have the dtype of the output, {dtype}, got {dout.dtype}"
             raise self.error(DtypeError, "backward", problem)
 
     def _refuse_stale(self, record: Record) -> None:
         """A record whose tensors have changed can never be used: it was left behind by an earlier step."""
-        if record.versions != _versions(record.saved):
+        saved, versions, _ = record
+        if versions != _versions(saved):
             raise self.error(
                 StateError,
                 "forward",
-                f"{len(self._records)} earlier forward(s) never had a backward, and {self._name_changed(record)} has "
-                "changed since; evaluate under torch.no_grad(), or discard them with drop_records()",
+                f"{len(self._records)} earlier forward(s) never had a backward, and "
+                f"{self._name_changed(saved, versions)} has changed since; evaluate under torch.no_grad(), "
+                "or discard them with drop_records()",
             )
 
-    def _name_changed(self, record: Record) -> str:
-        pairs = zip(_versioned(record.saved), record.versions)
+    def _name_changed(self, saved: tuple[Any, ...], versions: list[int]) -> str:
+        pairs = zip(_versioned(saved), versions)
         return next(self._name_of(t) for t, version in pairs if t._version != version)
 
     def _name_of(self, tensor: Tensor) -> str:
@@ -382,6 +388,10 @@ class Layer:
         return f"{type(self).__name__}({self.extra_repr()})"
 
 
+def _spec(out: Any) -> Spec:
+    return (out.shape, out.dtype) if isinstance(out, Tensor) else [_spec(o) for o in out]
+
+
 def _versioned(saved: tuple[Any, ...]) -> list[Tensor]:
     """The tensors that count their in-place changes: all but those made under torch.inference_mode()."""
     return [t for t in saved if isinstance(t, Tensor) and not t.is_inference()]
@@ -389,7 +399,9 @@ def _versioned(saved: tuple[Any, ...]) -> list[Tensor]:
 
 def _versions(saved: tuple[Any, ...]) -> list[int]:
     """How often each of the tensors has been changed in place; nothing in a compiled graph, which has no such count."""
-    return [] if torch.compiler.is_compiling() else [t._version for t in _versioned(saved)]
+    if torch.compiler.is_compiling():
+        return []
+    return [t._version for t in saved if isinstance(t, Tensor) and not t.is_inference()]
 
 
 def _distinct(tensors: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:

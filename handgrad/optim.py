@@ -64,11 +64,23 @@ class SGD(torch.optim.Optimizer):
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update every parameter that has a gradient; returns closure()'s result where a closure is given."""
         loss = None if closure is None else closure()
-        for group in self.param_groups:
-            params = [p for p in group["params"] if p.grad is not None]
-            if params:
-                self._update(params, [p.grad for p in params], group)
+        self.update()
         return loss
+
+    def update(self) -> None:
+        """Do what `step()` does, without what torch.optim wraps round it: hooks, a profiler range, a closure.
+
+        The wrapper costs as much as the update of a small model.
+        """
+        for group in self.param_groups:
+            params, grads = [], []
+            for p in group["params"]:
+                if (grad := p.grad) is not None:
+                    params.append(p)
+                    grads.append(grad)
+            if params:
+                self._update(params, grads, group)
+        self._opt_called = True  # what an LR scheduler looks at to warn of a scheduler step before the first update
 
     def _update(self, params: list[Tensor], grads: list[Tensor], group: dict[str, Any]) -> None:
         """One multi-tensor operation a line of the formula. The gradients themselves are never written to."""

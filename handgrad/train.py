@@ -10,6 +10,7 @@ from torch import Tensor
 from handgrad.errors import StateError
 from handgrad.layer import Layer
 from handgrad.losses.loss import Loss
+from handgrad.optim import SGD
 
 
 class TrainStep:
@@ -48,8 +49,16 @@ class TrainStep:
             self.model.drop_records()
             self.loss.drop_records()
             raise
-        self.optimizer.step()
+        self._update()
         return out
+
+    def _update(self) -> None:
+        """`optimizer.step()`, without its wrapper where that is known to do nothing."""
+        optimizer = self.optimizer
+        if type(optimizer) is SGD and not (optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks):
+            optimizer.update()
+        else:
+            optimizer.step()
 
     def _refuse_leftovers(self) -> None:
         for layer in (self.model, self.loss):

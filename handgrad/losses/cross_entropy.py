@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.functional import nll_loss
 
 from handgrad.errors import ArgumentError, DtypeError, IndexRangeError, ShapeError
 from handgrad.layer import buffer
@@ -23,7 +24,7 @@ class CrossEntropy(Loss):
                that multiplies -logp in loss[n]: q[c] = (1 - s) w[y] [c = y] + s/C w[c],
                dx[n, k] = dloss[n] (p[n, k] sum_c q[c] - q[k])
                which for w = 1, s = 0 is the familiar dloss[n] (p - onehot(y)), dloss[n] = 1/N for the mean.
-    Recorded:  logp and the target; with class weights w[y]; with ignored rows their mask; for the mean its divisor
+    Recorded:  logp, the target, weight; where rows are ignored, their mask
     Raises:    ShapeError; DtypeError; IndexRangeError for a target that is neither a class nor ignore_index;
                ArgumentError; StateError.
     Source:    torch.nn.CrossEntropyLoss for the semantics; makemore lecture 4 for the simplified gradient.
@@ -54,46 +55,43 @@ class CrossEntropy(Loss):
 
     def forward(self, x: Tensor, target: Tensor) -> Tensor:
         dim = self._check(x, target)
-        s, classes = self.label_smoothing, x.shape[dim]
-        used = self._used(target, classes)  # None where every row is
-        y = target.unsqueeze(dim) if used is None else target.where(used, 0).unsqueeze(dim)
-        used = None if used is None else used.unsqueeze(dim)
-        wy = None if self.weight is None else self.weight[y]  # w[y], one class wide like y
+        used = self._used(target, x.shape[dim])  # None where every row is
         logp = torch.log_softmax(x, dim)
-        rows = logp.gather(dim, y) if wy is None else logp.gather(dim, y) * wy
+        # -w[y] logp[n, y], reduced
+        out = nll_loss(logp, target, self.weight, ignore_index=self.ignore_index, reduction=self.reduction)
+        s = self.label_smoothing
         if s > 0:
-            rows = (1 - s) * rows + s / classes * self._weighted(logp, dim).sum(dim, keepdim=True)
-        if used is not None:
-            rows = rows.where(used, 0)
-        share = None
-        if self.reduction == "none":
-            out = rows.squeeze(dim).neg()
-        elif self.reduction == "sum":
-            out = rows.sum().neg()
-        else:
-            total = self._total(y, wy, used)
-            out = rows.sum() / -total
-            share = 1 / total.masked_fill(total == 0, 1) if isinstance(total, Tensor) else 1 / max(total, 1)
-        self.push(logp, y, wy, used, share, out=out)
+            rows = self._weighted(logp, dim).sum(dim)
+            if used is not None:
+                rows = rows.where(used, 0)
+            if self.reduction != "none":
+                rows = rows.sum()
+            if self.reduction == "mean":
+                rows = rows / self._total(target, used)
+            out = (1 - s) * out - s / x.shape[dim] * rows
+        self.push(logp, target, self.weight, used, out=out)
         return out
 
     def backward(self, dout: Tensor | None = None) -> Tensor:
-        logp, y, wy, used, share = self.pop(dout)
+        logp, target, weight, used = self.pop(dout)
         dim = min(logp.dim() - 1, 1)
         s, classes = self.label_smoothing, logp.shape[dim]
+        y = (target if used is None else target.where(used, 0)).unsqueeze(dim)
         # loss[n] = -sum_c q[c] logp[n, c], so dx = p sum_c q[c] - q
         dx: Tensor = logp.exp()  # p
-        if wy is not None:
+        if weight is not None:
+            wy = weight[y]
             w = self._weighted(torch.ones_like(logp), dim) * (s / classes)
             dx.mul_(wy * (1 - s) + w.sum(dim, keepdim=True)).sub_(w).scatter_add_(dim, y, wy * (s - 1))
-        elif s > 0:
-            dx.sub_(s / classes).scatter_(dim, y, s - 1, reduce="add")
         else:
-            dx.scatter_(dim, y, -1, reduce="add")
+            if s > 0:
+                dx.sub_(s / classes)
+            dx.scatter_(dim, y, s - 1, reduce="add")
         if used is not None:
-            dx.mul_(used)
-        if share is not None:
-            dx.mul_(share)
+            dx.mul_(used.unsqueeze(dim))
+        if self.reduction == "mean":
+            total = self._total(target, used)
+            dx.mul_(1 / total.masked_fill(total == 0, 1) if isinstance(total, Tensor) else 1 / max(total, 1))
         if dout is not None:
             dx.mul_(dout.unsqueeze(dim) if dout.dim() else dout)
         return dx
@@ -101,11 +99,11 @@ class CrossEntropy(Loss):
     def _weighted(self, x: Tensor, dim: int) -> Tensor:
         return x if self.weight is None else x * self.weight.view(-1, *[1] * (x.dim() - dim - 1))
 
-    def _total(self, y: Tensor, wy: Tensor | None, used: Tensor | None) -> Tensor | int:
+    def _total(self, target: Tensor, used: Tensor | None) -> Tensor | int:
         """What the mean divides by: the sum of w[y] over the rows that are used."""
-        if wy is None:
-            return y.numel() if used is None else used.sum()
-        return wy.sum() if used is None else (wy * used).sum()
+        if self.weight is None:
+            return target.numel() if used is None else used.sum()
+        return self.weight[target if used is None else target[used]].sum()
 
     def _check(self, x: Tensor, target: Tensor) -> int:
         """Check both inputs; the dimension of x that holds the classes."""

@@ -22,10 +22,10 @@ class Loss(Layer):
             raise ArgumentError(f"{type(self).__name__}: reduction must be one of {REDUCTIONS}, got {reduction!r}")
         self.reduction = reduction
 
-    def _check_dout(self, dout: Any, spec: Spec | tuple[Spec, ...]) -> None:
+    def _check_dout(self, dout: Any, spec: Spec) -> None:
         """Accept None, standing for 1, where the loss is a scalar."""
         if dout is not None:
             super()._check_dout(dout, spec)
-        elif isinstance(spec, Spec) and spec.shape:
-            problem = f"only a scalar loss has a default dout; this one needs dout of shape {tuple(spec.shape)}"
+        elif isinstance(spec, tuple) and spec[0]:
+            problem = f"only a scalar loss has a default dout; this one needs dout of shape {tuple(spec[0])}"
             raise self.error(ShapeError, "backward", problem)
