@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, Phase
 from hypothesis.errors import Flaky, Unsatisfiable
 
 from handgrad.errors import ArgumentError
-from handgrad.testing import judge
+from handgrad.testing import judge, subject
 from handgrad.testing.errors import CheckError, CheckFailure, ContractError, LayerCrash, VacuousCheck
 from handgrad.testing.plan import Plan, plan_of
 from handgrad.testing.properties.values import is_refusal
@@ -31,7 +31,7 @@ KEPT = 12  # samples of a property that the planted faults are tried on
 
 def check_layer(
     make: Callable[..., Any],
-    x: str | Sequence[str],
+    x: str | Sequence[Any],
     *,
     options: Mapping[str, Any] | None = None,
     sizes: Mapping[str, tuple[int, int]] | None = None,
@@ -49,7 +49,8 @@ def check_layer(
 
     make        the class or a function that makes the layer. Its arguments are sizes (names that x mentions, or any
                 capitalised name) and options.
-    x           the input, or a list with one entry for each input of forward, by its dimensions: ``"*N D"`` any number
+    x           the input, or a list with one entry for each input of forward (a tuple of entries where that input is
+                a tuple), by its dimensions: ``"*N D"`` any number
                 of leading dimensions and one of size D, ``"N T < V"`` integers below V; `handgrad.testing.SYNTAX`.
     options     values, or hypothesis strategies, for other arguments of make: ``{"bias": [True, False]}``.
     sizes       from and to, where a size cannot be 1 to 4, or a star 0 to 3 dimensions: ``{"L": (3, 6)}``.
@@ -129,7 +130,7 @@ def check_plan(plan: Plan, skip: Mapping[str, str], examples: int | None, reprod
         report.properties.append(runner.run())
         kept[name] = runner.kept
         if runner.first is not None and name == "gradients":
-            report.subject = type(runner.first.layer).__name__
+            report.subject = type(subject.unwrap(runner.first.layer)).__name__
             report.oracle = runner.first.truth.source
     if chosen is None and "sensitivity" not in skip:
         report.faults = plant(kept, skip)
