@@ -94,3 +94,22 @@ def private_rng(seed: int | None = None) -> Iterator[None]:
 def as_tuple(value: Any) -> tuple[Any, ...]:
     """Several outputs or inputs as a tuple, one as a tuple of one."""
     return value if isinstance(value, tuple) else (value,)
+
+
+def unwrap(layer: Any) -> Any:
+    """The layer itself, where a planted fault stands in for it."""
+    return getattr(layer, "wrapped_layer", layer)
+
+
+def has_modes(layer: Any) -> bool:
+    """Whether the layer can be switched between training and evaluation."""
+    return hasattr(layer, "train") or hasattr(layer, "training")
+
+
+def cast(layer: Any, dtype: torch.dtype) -> Any:
+    """Convert every floating tensor of the layer to `dtype`, in place, keeping each tensor object."""
+    for tensor in tensors(layer).values():
+        if tensor.is_floating_point():
+            tensor.grad = None
+            tensor.data = tensor.data.to(dtype)
+    return layer
