@@ -10,38 +10,72 @@ from handgrad.errors import (
     StateError,
 )
 from handgrad.layer import Layer, buffer, parameter
-from handgrad.layers.activation import Tanh
+from handgrad.layers.activation import GELU, LeakyReLU, LogSoftmax, ReLU, Sigmoid, SiLU, Softmax, Tanh
+from handgrad.layers.attention import SelfAttention
 from handgrad.layers.batchnorm import BatchNorm1d
+from handgrad.layers.branches import Concat, Identity, Parallel, Product, Residual, Sum
 from handgrad.layers.container import Sequential
-from handgrad.layers.flatten import Flatten
+from handgrad.layers.dropout import Dropout
+from handgrad.layers.flatten import Flatten, FlattenConsecutive
 from handgrad.layers.linear import Linear
+from handgrad.layers.normalization import LayerNorm, RMSNorm
+from handgrad.layers.rnn import GRUCell, LSTMCell, RNNCell
 from handgrad.layers.sparse import Embedding
+from handgrad.layers.unroll import Unroll
+from handgrad.losses.bce import BCEWithLogits
 from handgrad.losses.cross_entropy import CrossEntropy
+from handgrad.losses.linear_cross_entropy import LinearCrossEntropy
 from handgrad.losses.loss import Loss
+from handgrad.losses.mse import MSE
 from handgrad.optim import SGD
 from handgrad.train import TrainStep
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "GELU",
+    "MSE",
     "SGD",
     "ArgumentError",
+    "BCEWithLogits",
     "BatchNorm1d",
+    "Concat",
     "CrossEntropy",
+    "Dropout",
     "DtypeError",
     "Embedding",
     "Flatten",
+    "FlattenConsecutive",
+    "GRUCell",
     "HandgradError",
+    "Identity",
     "IndexRangeError",
+    "LSTMCell",
     "Layer",
+    "LayerNorm",
+    "LeakyReLU",
     "Linear",
+    "LinearCrossEntropy",
+    "LogSoftmax",
     "Loss",
+    "Parallel",
+    "Product",
+    "RMSNorm",
+    "RNNCell",
+    "ReLU",
+    "Residual",
+    "SelfAttention",
     "Sequential",
     "ShapeError",
+    "SiLU",
+    "Sigmoid",
+    "Softmax",
     "StateDictError",
     "StateError",
+    "Sum",
     "Tanh",
     "TrainStep",
+    "Unroll",
     "buffer",
     "parameter",
 ]

@@ -1,10 +1,14 @@
-"""Elementwise nonlinearities."""
+"""Elementwise nonlinearities, and the softmax."""
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
+from torch.nn import functional
 
+from handgrad.errors import ArgumentError, ShapeError
 from handgrad.layer import Layer
 
 
@@ -35,3 +39,257 @@ class Tanh(Layer):
         # out = tanh(x)
         dx = dout * out
         return torch.addcmul(dout, dx, out, value=-1, out=dx)
+
+
+class Sigmoid(Layer):
+    """The logistic function, elementwise.
+
+    Forward:   out = 1/(1 + exp(-x))
+    Shapes:    any
+    Backward:  d out / dx = exp(-x)/(1 + exp(-x))^2 = out (1 - out), hence dx = dout out (1 - out)
+    Recorded:  out. Changing out in place before the backward is a StateError.
+    Raises:    DtypeError; ShapeError and StateError from backward.
+
+    >>> layer = Sigmoid()
+    >>> layer(torch.tensor([0.0, 100.0]))
+    tensor([0.5000, 1.0000])
+    >>> layer.backward(torch.tensor([2.0, 2.0]))
+    tensor([0.5000, 0.0000])
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.check_input(x)
+        out = torch.sigmoid(x)
+        self.push(out, out=out)
+        return out
+
+    def backward(self, dout: Tensor) -> Tensor:
+        (out,) = self.pop(dout)
+        # out = 1/(1 + exp(-x))
+        dx: Tensor = 1 - out
+        return dx.mul_(out).mul_(dout)
+
+
+class ReLU(Layer):
+    """The positive part, elementwise.
+
+    Forward:   out = max(x, 0)
+    Shapes:    any
+    Backward:  the slope is 1 where x > 0 and 0 elsewhere, the kink at 0 included, hence dx = dout where out > 0, else 0
+    Recorded:  out. Changing out in place before the backward is a StateError.
+    Raises:    DtypeError; ShapeError and StateError from backward.
+
+    >>> layer = ReLU()
+    >>> layer(torch.tensor([-1.0, 0.0, 2.0]))
+    tensor([0., 0., 2.])
+    >>> layer.backward(torch.tensor([3.0, 4.0, 5.0]))
+    tensor([0., 0., 5.])
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.check_input(x)
+        out = torch.relu(x)
+        self.push(out, out=out)
+        return out
+
+    def backward(self, dout: Tensor) -> Tensor:
+        (out,) = self.pop(dout)
+        # out = max(x, 0); out <= 0 and not its opposite, so that a NaN passes its dout on
+        return dout.masked_fill(out <= 0, 0)
+
+
+class LeakyReLU(Layer):
+    """The positive part, and a small slope below zero, elementwise.
+
+    Forward:   out = x where x > 0, else negative_slope x
+    Shapes:    any
+    Backward:  dx = dout where x > 0, else negative_slope dout, the kink at 0 included
+    Recorded:  x
+    Raises:    DtypeError; ShapeError and StateError from backward.
+
+    >>> layer = LeakyReLU(0.1)
+    >>> layer(torch.tensor([-1.0, 0.0, 2.0]))
+    tensor([-0.1000,  0.0000,  2.0000])
+    >>> layer.backward(torch.tensor([3.0, 4.0, 5.0]))
+    tensor([0.3000, 0.4000, 5.0000])
+    """
+
+    def __init__(self, negative_slope: float = 0.01) -> None:
+        self.negative_slope = negative_slope
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.check_input(x)
+        out = functional.leaky_relu(x, self.negative_slope)
+        self.push(x, out=out)
+        return out
+
+    def backward(self, dout: Tensor) -> Tensor:
+        (x,) = self.pop(dout)
+        # out = x where x > 0, else negative_slope x
+        return torch.where(x > 0, dout, dout * self.negative_slope)
+
+    def extra_repr(self) -> str:
+        return f"{self.negative_slope}"
+
+
+class SiLU(Layer):
+    """The input, gated by its own sigmoid (also known as swish), elementwise.
+
+    Forward:   out = x s  with s = 1/(1 + exp(-x))
+    Shapes:    any
+    Backward:  s' = s (1 - s), hence dx = dout (s + x s (1 - s)) = dout s (1 + x (1 - s))
+    Recorded:  x
+    Raises:    DtypeError; ShapeError and StateError from backward.
+    Source:    Elfwing et al. 2017, arXiv:1702.03118
+
+    >>> layer = SiLU()
+    >>> layer(torch.tensor([0.0, 100.0]))
+    tensor([  0., 100.])
+    >>> layer.backward(torch.tensor([2.0, 2.0]))
+    tensor([1., 2.])
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.check_input(x)
+        out = functional.silu(x)
+        self.push(x, out=out)
+        return out
+
+    def backward(self, dout: Tensor) -> Tensor:
+        (x,) = self.pop(dout)
+        # out = x s
+        s = torch.sigmoid(x)
+        dx: Tensor = 1 - s
+        return dx.mul_(x).add_(1).mul_(s).mul_(dout)
+
+
+class GELU(Layer):
+    """The input, weighted by the normal distribution function, elementwise; exact, or approximated by a tanh.
+
+    Forward:   out = x Phi(x),  Phi(x) = (1 + erf(x/sqrt 2))/2
+               with approximate="tanh": out = x (1 + tanh u)/2,  u = k (x + a x^3), k = sqrt(2/pi), a = 0.044715
+    Shapes:    any
+    Backward:  Phi'(x) = phi(x) = exp(-x^2/2)/sqrt(2 pi), hence
+               dx = dout (Phi(x) + x phi(x))
+               For the tanh form, (1 + tanh u)/2 = s with s = 1/(1 + exp(-2u)), so that out = x s, s' = 2 u' s (1 - s),
+               dx = dout (s + 2 x u' s (1 - s)),  u' = k (1 + 3 a x^2)
+    Recorded:  x
+    Raises:    ArgumentError for an unknown `approximate`; DtypeError; ShapeError and StateError from backward.
+    Source:    Hendrycks and Gimpel 2016, arXiv:1606.08415
+
+    >>> layer = GELU()
+    >>> layer(torch.tensor([0.0, 1.0, 100.0]))
+    tensor([  0.0000,   0.8413, 100.0000])
+    >>> layer.backward(torch.tensor([2.0, 2.0, 2.0]))
+    tensor([1.0000, 2.1666, 2.0000])
+    """
+
+    def __init__(self, approximate: str = "none") -> None:
+        if approximate not in ("none", "tanh"):
+            raise ArgumentError(f"GELU: approximate must be 'none' or 'tanh', got {approximate!r}")
+        self.approximate = approximate
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.check_input(x)
+        out = functional.gelu(x, approximate=self.approximate)
+        self.push(x, out=out)
+        return out
+
+    def backward(self, dout: Tensor) -> Tensor:
+        (x,) = self.pop(dout)
+        square = x * x
+        if self.approximate == "none":
+            # out = x Phi(x)
+            cdf = torch.erf(x * math.sqrt(0.5)).add_(1).mul_(0.5)
+            density = square.mul_(-0.5).exp_().mul_(1 / math.sqrt(2 * math.pi))
+            return cdf.addcmul_(x, density).mul_(dout)
+        # out = x s, s = sigmoid(2u)
+        k, a = math.sqrt(2 / math.pi), 0.044715
+        s = (square * (2 * k * a)).add_(2 * k).mul_(x).sigmoid_()  # 2u = x (2k + 2k a x^2)
+        slope: Tensor = square.mul_(6 * k * a).add_(2 * k)  # 2u'
+        return slope.mul_(x).mul_(1 - s).add_(1).mul_(s).mul_(dout)
+
+    def extra_repr(self) -> str:
+        return "" if self.approximate == "none" else f"approximate={self.approximate!r}"
+
+
+class Softmax(Layer):
+    """Exponentials, scaled to add up to one along a dimension.
+
+    Forward:   out_c = exp(x_c) / sum_k exp(x_k)
+    Shapes:    any; out like x
+    Backward:  d out_c / d x_k = out_c ([c = k] - out_k), hence
+               dx_k = sum_c dout_c out_c ([c = k] - out_k) = out_k (dout_k - sum_c dout_c out_c)
+    Recorded:  out. Changing out in place before the backward is a StateError.
+    Raises:    ShapeError where x does not have the dimension; DtypeError; StateError.
+
+    Where the loss follows directly, CrossEntropy on the logits is shorter and more accurate.
+
+    >>> layer = Softmax(dim=-1)
+    >>> layer(torch.tensor([[0.0, 0.0], [0.0, 200.0]]))
+    tensor([[0.5000, 0.5000],
+            [0.0000, 1.0000]])
+    >>> layer.backward(torch.tensor([[1.0, 0.0], [1.0, 0.0]]))
+    tensor([[ 0.2500, -0.2500],
+            [ 0.0000,  0.0000]])
+    """
+
+    def __init__(self, dim: int) -> None:
+        self.dim = dim
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.check_input(x)
+        _check_dim(self, x, self.dim)
+        out = torch.softmax(x, self.dim)
+        self.push(out, out=out)
+        return out
+
+    def backward(self, dout: Tensor) -> Tensor:
+        (out,) = self.pop(dout)
+        # out_c = exp(x_c) / sum_k exp(x_k)
+        weighted: Tensor = dout * out
+        return torch.addcmul(weighted, out, weighted.sum(self.dim, keepdim=True), value=-1)
+
+    def extra_repr(self) -> str:
+        return f"dim={self.dim}"
+
+
+class LogSoftmax(Layer):
+    """The logarithm of the softmax along a dimension.
+
+    Forward:   out_c = x_c - log sum_k exp(x_k)
+    Shapes:    any; out like x
+    Backward:  d out_c / d x_k = [c = k] - exp(out_k), hence dx_k = dout_k - exp(out_k) sum_c dout_c
+    Recorded:  out. Changing out in place before the backward is a StateError.
+    Raises:    ShapeError where x does not have the dimension; DtypeError; StateError.
+
+    >>> layer = LogSoftmax(dim=-1)
+    >>> layer(torch.tensor([0.0, 0.0]))
+    tensor([-0.6931, -0.6931])
+    >>> layer.backward(torch.tensor([1.0, 0.0]))
+    tensor([ 0.5000, -0.5000])
+    """
+
+    def __init__(self, dim: int) -> None:
+        self.dim = dim
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.check_input(x)
+        _check_dim(self, x, self.dim)
+        out = torch.log_softmax(x, self.dim)
+        self.push(out, out=out)
+        return out
+
+    def backward(self, dout: Tensor) -> Tensor:
+        (out,) = self.pop(dout)
+        # out_c = x_c - log sum_k exp(x_k)
+        return torch.addcmul(dout, out.exp(), dout.sum(self.dim, keepdim=True), value=-1)
+
+    def extra_repr(self) -> str:
+        return f"dim={self.dim}"
+
+
+def _check_dim(layer: Layer, x: Tensor, dim: int) -> None:
+    dims = max(x.dim(), 1)
+    if not -dims <= dim < dims:
+        raise layer.error(ShapeError, "forward", f"x must have dimension {dim}, got shape {tuple(x.shape)}")

@@ -13,13 +13,14 @@ class BatchNorm1d(Layer):
     """Normalise each channel over the batch, then scale and shift it.
 
     Forward:   xhat = (x - mean) rstd,  rstd = 1/sqrt(var + eps),  out = xhat weight + bias
-               In training, mean and var are those of the batch, per channel over its n = N (or N L) values:
+               In training, mean and var are those of the batch, per channel over its n = N (or N L, ...) values:
                var = sum (x - mean)^2 / m with m = n, or m = n - 1 if `unbiased`, and then
                running_mean += momentum (mean - running_mean)
                running_var  += momentum (sum (x - mean)^2 / (n - 1) - running_var)
                With momentum=None the factor is 1/num_batches_tracked: the plain average. In evaluation, mean and var
                are the running ones, constants; without running statistics they are always those of the batch.
-    Shapes:    x (N, C) or (N, C, L); weight, bias, running_mean, running_var (C,); out like x
+    Shapes:    x (N, C) or (N, C, L), or (..., C) if `channels_last`; weight, bias, running_mean, running_var (C,);
+               out like x
                In the code diff = x - mean and scale = weight rstd, so that out = diff scale + bias.
     Backward:  dbias = sum dout;  dweight = sum dout xhat = rstd sum dout diff;  dxhat = dout weight.
                In evaluation dx = dxhat rstd = dout scale. In training x also acts through var and mean:
@@ -55,12 +56,14 @@ class BatchNorm1d(Layer):
         track_running_stats: bool = True,
         *,
         unbiased: bool = False,
+        channels_last: bool = False,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> None:
         if num_features < 1:
             raise ArgumentError(f"BatchNorm1d: num_features must be at least 1, got {num_features}")
-        self.num_features, self.eps, self.momentum, self.unbiased = num_features, eps, momentum, unbiased
+        self.num_features, self.eps, self.momentum = num_features, eps, momentum
+        self.unbiased, self.channels_last = unbiased, channels_last
         ones = torch.ones(num_features, dtype=dtype, device=device)
         self.weight, self.bias = (ones, torch.zeros_like(ones)) if affine else (None, None)
         self.running_mean = self.running_var = self.num_batches_tracked = None
@@ -69,21 +72,22 @@ class BatchNorm1d(Layer):
             self.num_batches_tracked = torch.tensor(0, device=device)
 
     def forward(self, x: Tensor) -> Tensor:
-        dtype = x.dtype if self.weight is None else self.weight.dtype
-        self.check_input(x, dtype if self.running_mean is None else self.running_mean.dtype)
-        if x.dim() not in (2, 3) or x.shape[1] != self.num_features:
-            problem = f"x must be (N, {self.num_features}) or (N, {self.num_features}, L), got shape {tuple(x.shape)}"
-            raise self.error(ShapeError, "forward", problem)
-        n = x.shape[0] if x.dim() == 2 else x.shape[0] * x.shape[2]
+        own = self.running_mean if self.weight is None else self.weight
+        self.check_input(x, None if own is None else own.dtype)
+        C = self.num_features
+        if x.dim() < 2 or (x.shape[-1] if self.channels_last else x.dim() < 4 and x.shape[1]) != C:
+            wanted = f"(..., {C})" if self.channels_last else f"(N, {C}) or (N, {C}, L)"
+            raise self.error(ShapeError, "forward", f"x must be {wanted}, got shape {tuple(x.shape)}")
+        n = x.numel() // C
         m: int | None = None  # None: mean and var are constants, and the backward has nothing to send through them
         memory = None  # x-sized, made here, for out
         if self.training or self.running_mean is None or self.running_var is None:
             if n == 1:
                 problem = f"the variance of a batch needs more than one value a channel, got shape {tuple(x.shape)}; "
                 raise self.error(ShapeError, "forward", problem + "evaluate a single row under eval()")
-            dims = _all_but_channels(x)
+            dims = self._dims(x)
             mean = x.mean(dims)  # (C,)
-            diff = x - _column(mean, x)
+            diff = x - self._column(mean, x)
             square = diff * diff
             memory = scratch(square)
             var = square.mean(dims)  # (C,)
@@ -95,19 +99,19 @@ class BatchNorm1d(Layer):
                 self._update_running(mean, var if self.unbiased else var * (n / (n - 1)))
         else:
             var = self.running_var
-            diff = x - _column(self.running_mean, x)
+            diff = x - self._column(self.running_mean, x)
         rstd = (var + self.eps).rsqrt()  # (C,)
         scale = rstd if self.weight is None else self.weight * rstd  # (C,)
         if self.bias is None:
-            out = torch.mul(diff, _column(scale, x), out=memory)
+            out = torch.mul(diff, self._column(scale, x), out=memory)
         else:
-            out = torch.addcmul(_column(self.bias, x), diff, _column(scale, x), out=memory)
+            out = torch.addcmul(self._column(self.bias, x), diff, self._column(scale, x), out=memory)
         self.push(diff, rstd, scale, self.weight, m, out=out)
         return out
 
     def backward(self, dout: Tensor, need_dx: bool = True) -> Tensor | None:
         diff, rstd, scale, weight, m = self.pop(dout)
-        dims = _all_but_channels(dout)
+        dims = self._dims(dout)
         # out = diff rstd weight + bias
         product = dout * diff
         dbias = dout.sum(dims)  # (C,)
@@ -118,12 +122,22 @@ class BatchNorm1d(Layer):
             return None
         # diff = x - mean, rstd = 1/sqrt(sum diff^2 / m + eps)
         if m is None:
-            return torch.mul(dout, _column(scale, dout), out=product)
+            return torch.mul(dout, self._column(scale, dout), out=product)
         n = max(dout.numel() // self.num_features, 1)
         k = scale / -n  # (C,)
-        b, c = _column(k * rstd * dweight, dout), _column(k * dbias, dout)
+        b, c = self._column(k * rstd * dweight, dout), self._column(k * dbias, dout)
         dx = torch.addcmul(c, diff, b, value=n / max(m, 1), out=product)
-        return dx.addcmul_(dout, _column(scale, dout))
+        return dx.addcmul_(dout, self._column(scale, dout))
+
+    def _dims(self, x: Tensor) -> tuple[int, ...]:
+        """All dimensions but that of the channels."""
+        if x.dim() == 2:
+            return (0,)
+        return tuple(range(x.dim() - 1)) if self.channels_last else (0, 2)
+
+    def _column(self, per_channel: Tensor, x: Tensor) -> Tensor:
+        """A (C,) tensor, shaped to broadcast against x."""
+        return per_channel if x.dim() == 2 or self.channels_last else per_channel.unsqueeze(1)
 
     def _update_running(self, mean: Tensor, var: Tensor) -> None:
         if self.running_mean is None or self.running_var is None or self.num_batches_tracked is None:
@@ -134,17 +148,8 @@ class BatchNorm1d(Layer):
         self.running_var.lerp_(var.detach(), factor)
 
     def extra_repr(self) -> str:
-        defaults = {"eps": 1e-5, "momentum": 0.1, "unbiased": False}
+        defaults = {"eps": 1e-5, "momentum": 0.1, "unbiased": False, "channels_last": False}
         changes = [f", {k}={getattr(self, k)}" for k, default in defaults.items() if getattr(self, k) != default]
         affine = "" if self.weight is not None else ", affine=False"
         track = "" if self.running_mean is not None else ", track_running_stats=False"
         return f"{self.num_features}{''.join(changes)}{affine}{track}"
-
-
-def _all_but_channels(x: Tensor) -> tuple[int, ...]:
-    return (0,) if x.dim() == 2 else (0, 2)
-
-
-def _column(per_channel: Tensor, x: Tensor) -> Tensor:
-    """A (C,) tensor, shaped to broadcast against x."""
-    return per_channel if x.dim() == 2 else per_channel.unsqueeze(1)

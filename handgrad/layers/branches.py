@@ -1,0 +1,323 @@
+"""Containers whose bodies stand side by side, and the identity that often is one of them.
+
+Wherever the same x goes into several bodies, their dx add up; wherever a body is one of several, `dout` is handed to
+it unchanged. Bodies run backward in reverse order, so one layer object may be, or be inside, several of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from handgrad.errors import ArgumentError, DtypeError, ShapeError, locate
+from handgrad.layer import Layer
+
+
+class Identity(Layer):
+    """The input itself.
+
+    Forward:   out = x
+    Shapes:    any
+    Backward:  dx = dout. Neither is copied: out is x and dx is dout.
+    Recorded:  nothing
+    Raises:    DtypeError; ShapeError and StateError from backward.
+
+    >>> layer = Identity()
+    >>> layer(torch.tensor([1.0, 2.0]))
+    tensor([1., 2.])
+    >>> layer.backward(torch.tensor([3.0, 4.0]))
+    tensor([3., 4.])
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.check_input(x)
+        self.push(out=x)
+        return x
+
+    def backward(self, dout: Tensor) -> Tensor:
+        self.pop(dout)
+        return dout
+
+
+class Residual(Layer):
+    """A body with a connection around it.
+
+    Forward:   out = x + body(x)
+    Shapes:    x any that body keeps; out like x
+    Backward:  x acts twice, directly and through body, hence dx = dout + body.backward(dout)
+    Recorded:  nothing itself; body records
+    Raises:    ShapeError, DtypeError where body(x) is not like x; what body raises, with the place "in body (...)".
+    Source:    He et al. 2015, arXiv:1512.03385
+
+    >>> from handgrad import Linear
+    >>> block = Residual(Linear(3, 3))
+    >>> block
+    Residual(
+      (body): Linear(3 -> 3)
+    )
+    >>> x = torch.ones(2, 3)
+    >>> bool((block(x) == x + torch.nn.functional.linear(x, block.body.weight, block.body.bias)).all())
+    True
+    """
+
+    def __init__(self, body: Layer) -> None:
+        if not isinstance(body, Layer):
+            raise ArgumentError(f"Residual: body must be a Layer, got {type(body).__name__}")
+        self.body = body
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.check_input(x)
+        y = _forward(self.body, "body", x)
+        _same_form(self, {"x": x, "body": y})
+        out: Tensor = x + y
+        self.push(out=out)
+        return out
+
+    def backward(self, dout: Tensor, need_dx: bool = True) -> Tensor | None:
+        self.pop(dout)
+        # out = x + body(x)
+        dx = _backward(self.body, "body", dout, need_dx)
+        return dout + dx if need_dx else None
+
+    def __repr__(self) -> str:
+        return "Residual(\n  (body): " + repr(self.body).replace("\n", "\n  ") + "\n)"
+
+
+class Branches(Layer):
+    """What Sum, Product, Concat and Parallel share: their bodies, which can be indexed and iterated."""
+
+    def __init__(self, *bodies: Layer) -> None:
+        kind = type(self).__name__
+        for i, body in enumerate(bodies):
+            if not isinstance(body, Layer):
+                raise ArgumentError(f"{kind}: every argument must be a Layer, got {type(body).__name__} at {i}")
+        if not bodies:
+            raise ArgumentError(f"{kind}: at least one body is needed")
+        self.bodies = list(bodies)
+
+    def named_children(self) -> Iterator[tuple[str, Layer]]:
+        return ((str(i), body) for i, body in enumerate(self.bodies))
+
+    def __getitem__(self, index: int) -> Layer:
+        return self.bodies[index]
+
+    def __iter__(self) -> Iterator[Layer]:
+        return iter(self.bodies)
+
+    def __len__(self) -> int:
+        return len(self.bodies)
+
+    def __repr__(self) -> str:
+        rows = [f"  ({i}): " + repr(body).replace("\n", "\n  ") for i, body in enumerate(self.bodies)]
+        return "\n".join([f"{type(self).__name__}({self.extra_repr()}", *rows, ")"])
+
+    def _forward_each(self, x: Any) -> list[Any]:
+        """Every body's output for the same x."""
+        return [_forward(body, str(i), x) for i, body in enumerate(self.bodies)]
+
+    def _backward_each(self, douts: list[Any], need_dx: bool) -> list[Any]:
+        """Every body's dx for its own dout, last body first: the latest record is the first to be taken."""
+        dxs: list[Any] = [None] * len(douts)
+        for i in range(len(douts) - 1, -1, -1):
+            dxs[i] = _backward(self.bodies[i], str(i), douts[i], need_dx)
+        return dxs
+
+
+class Sum(Branches):
+    """The sum of what several bodies make of the same input.
+
+    Forward:   out = body_0(x) + body_1(x) + ...
+    Shapes:    every body's output has the same shape, which is out's
+    Backward:  dx = body_0.backward(dout) + body_1.backward(dout) + ...; None for an integer x
+    Recorded:  nothing itself; the bodies record
+    Raises:    ShapeError, DtypeError where the outputs differ; what the bodies raise, with the place "in 0 (...)".
+
+    With a single body dx and out are that body's own. x may be whatever the bodies take, a tuple included.
+
+    >>> layer = Sum(Identity(), Identity(), Identity())
+    >>> layer(torch.tensor([1.0, 2.0]))
+    tensor([3., 6.])
+    >>> layer.backward(torch.tensor([1.0, 10.0]))
+    tensor([ 3., 30.])
+    """
+
+    def forward(self, x: Any) -> Tensor:
+        outs = self._forward_each(x)
+        _same_form(self, {str(i): out for i, out in enumerate(outs)})
+        out: Tensor = _total(outs)
+        self.push(out=out)
+        return out
+
+    def backward(self, dout: Tensor, need_dx: bool = True) -> Any:
+        self.pop(dout)
+        # out = body_0(x) + body_1(x) + ...
+        dxs = self._backward_each([dout] * len(self.bodies), need_dx)
+        return _total(dxs) if need_dx else None
+
+
+class Product(Branches):
+    """The elementwise product of what several bodies make of the same input: a gate, where one of them is a Sigmoid.
+
+    Forward:   out = body_0(x) * body_1(x) * ...
+    Shapes:    every body's output has the same shape, which is out's
+    Backward:  with out_i = body_i(x), d out / d out_i is the product of the others, hence
+               dx = sum_i body_i.backward(dout prod_{j != i} out_j); None for an integer x.
+               The product of the others is that of those before i times that of those after: no division, so
+               outputs of zero are right.
+    Recorded:  every out_i
+    Raises:    ShapeError, DtypeError where the outputs differ; what the bodies raise, with the place "in 0 (...)".
+
+    >>> square = Product(Identity(), Identity())
+    >>> square(torch.tensor([3.0, 0.0]))
+    tensor([9., 0.])
+    >>> square.backward(torch.tensor([1.0, 1.0]))
+    tensor([6., 0.])
+    """
+
+    def forward(self, x: Any) -> Tensor:
+        outs = self._forward_each(x)
+        _same_form(self, {str(i): out for i, out in enumerate(outs)})
+        out: Tensor = outs[0]
+        for factor in outs[1:]:
+            out = out * factor
+        self.push(*outs, out=out)
+        return out
+
+    def backward(self, dout: Tensor, need_dx: bool = True) -> Any:
+        outs = self.pop(dout)
+        douts = [dout]  # douts[i]: dout times the factors before i
+        for factor in outs[:-1]:
+            douts.append(douts[-1] * factor)
+        after = outs[-1]  # the product of the factors after i
+        for i in range(len(outs) - 2, -1, -1):
+            # out = (factors before i) * out_i * (factors after i)
+            douts[i] = douts[i] * after
+            after = after * outs[i] if i else after
+        dxs = self._backward_each(douts, need_dx)
+        return _total(dxs) if need_dx else None
+
+
+class Concat(Branches):
+    """What several bodies make of the same input, joined along a dimension.
+
+    Forward:   out = cat([body_0(x), body_1(x), ...], dim)
+    Shapes:    the bodies' outputs agree in all dimensions but `dim`, where out has the sum of their sizes
+    Backward:  each element of an output appears once in out, so dout is cut at the same places into dout_i, and
+               dx = sum_i body_i.backward(dout_i); None for an integer x. Each dout_i is a view of dout.
+    Recorded:  the sizes of the outputs along dim
+    Raises:    ShapeError, DtypeError where the outputs cannot be joined; what the bodies raise, with the place.
+
+    >>> layer = Concat(Identity(), Identity(), dim=-1)
+    >>> layer(torch.tensor([[1.0, 2.0]]))
+    tensor([[1., 2., 1., 2.]])
+    >>> layer.backward(torch.tensor([[1.0, 2.0, 10.0, 20.0]]))
+    tensor([[11., 22.]])
+    """
+
+    def __init__(self, *bodies: Layer, dim: int) -> None:
+        super().__init__(*bodies)
+        self.dim = dim
+
+    def forward(self, x: Any) -> Tensor:
+        outs = self._forward_each(x)
+        _same_form(self, {str(i): out for i, out in enumerate(outs)}, but=self.dim)
+        out = torch.cat(outs, self.dim)
+        self.push([out.shape[self.dim] for out in outs], out=out)
+        return out
+
+    def backward(self, dout: Tensor, need_dx: bool = True) -> Any:
+        (sizes,) = self.pop(dout)
+        # out = cat([body_0(x), body_1(x), ...], dim)
+        dxs = self._backward_each(list(torch.split(dout, sizes, self.dim)), need_dx)
+        return _total(dxs) if need_dx else None
+
+    def extra_repr(self) -> str:
+        return f"dim={self.dim}"
+
+
+class Parallel(Branches):
+    """Several bodies, each with an input and an output of its own: from a tuple to a tuple.
+
+    Forward:   out = (body_0(x[0]), body_1(x[1]), ...)
+    Shapes:    x a tuple of as many inputs as there are bodies
+    Backward:  dx = (body_0.backward(dout[0]), body_1.backward(dout[1]), ...), None where x[i] is an integer tensor
+    Recorded:  nothing itself; the bodies record
+    Raises:    ShapeError where x is not a tuple of that length; what the bodies raise, with the place "in 0 (...)".
+
+    >>> from handgrad import Linear
+    >>> layer = Parallel(Linear(3, 2), Identity())
+    >>> [tuple(out.shape) for out in layer((torch.ones(4, 3), torch.ones(5)))]
+    [(4, 2), (5,)]
+    >>> [tuple(dx.shape) for dx in layer.backward((torch.ones(4, 2), torch.ones(5)))]
+    [(4, 3), (5,)]
+    """
+
+    def forward(self, x: tuple[Any, ...]) -> tuple[Any, ...]:
+        if not isinstance(x, (tuple, list)) or len(x) != len(self.bodies):
+            came = f"{len(x)} of them" if isinstance(x, (tuple, list)) else type(x).__name__
+            problem = f"x must be a tuple of {len(self.bodies)} inputs, one a body, got {came}"
+            raise self.error(ShapeError, "forward", problem)
+        out = tuple([_forward(body, str(i), x[i]) for i, body in enumerate(self.bodies)])
+        self.push(out=out)
+        return out
+
+    def backward(self, dout: tuple[Any, ...], need_dx: bool = True) -> tuple[Any, ...] | None:
+        self.pop(dout)
+        dxs = self._backward_each(list(dout), need_dx)
+        return tuple(dxs) if need_dx else None
+
+
+def _forward(body: Layer, step: str, x: Any) -> Any:
+    try:
+        return body.forward(x)
+    except Exception as error:
+        locate(error, step, body)
+        raise
+
+
+def _backward(body: Layer, step: str, dout: Any, need_dx: bool) -> Any:
+    try:
+        return body.backward(dout) if need_dx or not body.takes_need_dx else body.backward(dout, need_dx=False)
+    except Exception as error:
+        locate(error, step, body)
+        raise
+
+
+def _total(terms: list[Any]) -> Any:
+    """The sum of tensors, of tuples of them element by element, or of Nones; a new tensor unless there is one term."""
+    total = terms[0]
+    for term in terms[1:]:
+        if isinstance(total, tuple):
+            total = tuple([_total(list(pair)) for pair in zip(total, term)])
+        else:
+            total = term if total is None else total if term is None else total + term
+    return total
+
+
+def _same_form(layer: Layer, outs: dict[str, Any], but: int | None = None) -> None:
+    """Raise unless all are tensors of one dtype and one shape, the size along dimension `but` left aside."""
+    first = next(iter(outs))
+    for name, out in outs.items():
+        if not isinstance(out, Tensor):
+            problem = f"the output of {name} must be a tensor, got {type(out).__name__}"
+            raise layer.error(DtypeError, "forward", problem)
+        if out.dtype is not outs[first].dtype:
+            problem = f"{first} and {name} must have one dtype, got {outs[first].dtype} and {out.dtype}"
+            raise layer.error(DtypeError, "forward", problem)
+        if but is not None and not -out.dim() <= but < out.dim():
+            problem = f"the output of {name} must have dimension {but}, got shape {tuple(out.shape)}"
+            raise layer.error(ShapeError, "forward", problem)
+        if _without(out, but) != _without(outs[first], but):
+            rest = "" if but is None else f" apart from dimension {but}"
+            problem = f"{first} and {name} must have one shape{rest}, got {tuple(outs[first].shape)} and "
+            raise layer.error(ShapeError, "forward", problem + f"{tuple(out.shape)}")
+
+
+def _without(x: Tensor, dim: int | None) -> list[int]:
+    shape = list(x.shape)
+    if dim is not None and shape:
+        shape[dim] = -1
+    return shape

@@ -1,0 +1,172 @@
+"""Normalisation of each sample by itself."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from handgrad.errors import ArgumentError, ShapeError
+from handgrad.layer import Layer, parameter
+
+
+class LayerNorm(Layer):
+    """Normalise the last dimensions of each sample, then scale and shift them elementwise.
+
+    Forward:   xhat = (x - mean) rstd,  rstd = 1/sqrt(var + eps),  out = xhat weight + bias
+               with mean and var = mean((x - mean)^2) over the dimensions of normalized_shape, n values a sample
+    Shapes:    x (..., *normalized_shape); weight, bias normalized_shape; out like x
+    Backward:  dbias = sum dout;  dweight = sum dout xhat, both over the leading dimensions;  dxhat = dout weight.
+               x also acts through var and mean; with `avg` the mean over a sample's n values,
+               dvar  = sum dxhat (x - mean) (-1/2) rstd^3 = -1/2 rstd^2 n avg(dxhat xhat)
+               dmean = -rstd n avg(dxhat)           (the way through var adds nothing: sum (x - mean) = 0)
+               dx    = dxhat rstd + dvar 2 (x - mean)/n + dmean/n
+                     = rstd (dxhat - avg(dxhat) - xhat avg(dxhat xhat))
+    Recorded:  x, mean, rstd, weight
+    Raises:    ShapeError where x does not end in normalized_shape; DtypeError; StateError.
+    Source:    Ba, Kiros and Hinton 2016, arXiv:1607.06450
+
+    `bias=False` leaves out the bias alone, `elementwise_affine=False` both parameters.
+
+    >>> layer = LayerNorm(2)
+    >>> out = layer(torch.tensor([[1.0, 3.0], [0.0, 8.0]]))
+    >>> out.round(decimals=3)
+    tensor([[-1.,  1.],
+            [-1.,  1.]])
+    """
+
+    weight: Tensor | None = parameter("*D")
+    bias: Tensor | None = parameter("*D")
+
+    def __init__(
+        self,
+        normalized_shape: int | Sequence[int],
+        eps: float = 1e-5,
+        elementwise_affine: bool = True,
+        bias: bool = True,
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        self.normalized_shape, self.eps = _shape("LayerNorm", normalized_shape), eps
+        ones = torch.ones(self.normalized_shape, dtype=dtype, device=device)
+        self.weight = ones if elementwise_affine else None
+        self.bias = torch.zeros_like(ones) if elementwise_affine and bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        _check(self, x, self.normalized_shape, self.weight)
+        out, mean, rstd = torch.native_layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps)
+        self.push(x, mean, rstd, self.weight, out=out)
+        return out
+
+    def backward(self, dout: Tensor, need_dx: bool = True) -> Tensor | None:
+        x, mean, rstd, weight = self.pop(dout)
+        lead, dims = _dims(x, self.normalized_shape)
+        xhat: Tensor = torch.sub(x, mean).mul_(rstd)
+        # out = xhat weight + bias
+        if weight is not None:
+            self.add_grad(weight, (dout * xhat).reshape(lead, *weight.shape).sum(0))
+        if self.bias is not None:
+            self.add_grad(self.bias, dout.reshape(lead, *self.bias.shape).sum(0))
+        if not need_dx:
+            return None
+        dxhat = dout if weight is None else dout * weight
+        # xhat = (x - mean) rstd
+        through_var = (dxhat * xhat).mean(dims, keepdim=True)  # avg(dxhat xhat), one a sample
+        through_mean = dxhat.mean(dims, keepdim=True)
+        dx = xhat.mul_(through_var).add_(through_mean)
+        return torch.sub(dxhat, dx, out=dx).mul_(rstd)
+
+    def extra_repr(self) -> str:
+        affine = (
+            ", elementwise_affine=False" if self.weight is None else "" if self.bias is not None else ", bias=False"
+        )
+        return _sizes(self.normalized_shape) + ("" if self.eps == 1e-5 else f", eps={self.eps}") + affine
+
+
+class RMSNorm(Layer):
+    """Divide the last dimensions of each sample by their root mean square, then scale them elementwise.
+
+    Forward:   xhat = x rstd,  rstd = 1/sqrt(mean(x^2) + eps),  out = xhat weight
+               with the mean over the dimensions of normalized_shape; eps=None stands for the precision of x's dtype
+    Shapes:    x (..., *normalized_shape); weight normalized_shape; out like x
+    Backward:  dweight = sum dout xhat over the leading dimensions;  dxhat = dout weight.
+               x also acts through rstd; with `avg` the mean over a sample's n values, d rstd / dx = -rstd^3 x/n, hence
+               dx = dxhat rstd + sum(dxhat x) (-rstd^3 x/n) = rstd (dxhat - xhat avg(dxhat xhat))
+    Recorded:  x, rstd, weight
+    Raises:    ShapeError where x does not end in normalized_shape; DtypeError; StateError.
+    Source:    Zhang and Sennrich 2019, arXiv:1910.07467
+
+    >>> layer = RMSNorm(2)
+    >>> layer(torch.tensor([[1.0, 1.0], [0.0, 8.0]]))
+    tensor([[1.0000, 1.0000],
+            [0.0000, 1.4142]])
+    """
+
+    weight: Tensor | None = parameter("*D")
+
+    def __init__(
+        self,
+        normalized_shape: int | Sequence[int],
+        eps: float | None = None,
+        elementwise_affine: bool = True,
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        self.normalized_shape, self.eps = _shape("RMSNorm", normalized_shape), eps
+        self.weight = torch.ones(self.normalized_shape, dtype=dtype, device=device) if elementwise_affine else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        _check(self, x, self.normalized_shape, self.weight)
+        _, dims = _dims(x, self.normalized_shape)
+        eps = torch.finfo(x.dtype).eps if self.eps is None else self.eps
+        rstd = ((x * x).mean(dims, keepdim=True) + eps).rsqrt()  # one a sample
+        out = x * rstd if self.weight is None else x * rstd * self.weight
+        self.push(x, rstd, self.weight, out=out)
+        return out
+
+    def backward(self, dout: Tensor, need_dx: bool = True) -> Tensor | None:
+        x, rstd, weight = self.pop(dout)
+        lead, dims = _dims(x, self.normalized_shape)
+        xhat: Tensor = x * rstd
+        # out = xhat weight
+        if weight is not None:
+            self.add_grad(weight, (dout * xhat).reshape(lead, *weight.shape).sum(0))
+        if not need_dx:
+            return None
+        dxhat = dout if weight is None else dout * weight
+        # xhat = x rstd
+        through_rstd = (dxhat * xhat).mean(dims, keepdim=True)  # avg(dxhat xhat), one a sample
+        dx = xhat.mul_(through_rstd)
+        return torch.sub(dxhat, dx, out=dx).mul_(rstd)
+
+    def extra_repr(self) -> str:
+        eps = "" if self.eps is None else f", eps={self.eps}"
+        return _sizes(self.normalized_shape) + eps + ("" if self.weight is not None else ", elementwise_affine=False")
+
+
+def _shape(kind: str, normalized_shape: int | Sequence[int]) -> tuple[int, ...]:
+    shape = (normalized_shape,) if isinstance(normalized_shape, int) else tuple(normalized_shape)
+    if not shape or min(shape) < 1:
+        raise ArgumentError(f"{kind}: normalized_shape must be one or more sizes of at least 1, got {normalized_shape}")
+    return shape
+
+
+def _check(layer: Layer, x: Tensor, shape: tuple[int, ...], weight: Tensor | None) -> None:
+    layer.check_input(x, None if weight is None else weight.dtype)
+    if tuple(x.shape[-len(shape) :]) != shape:
+        wanted = shape[0] if len(shape) == 1 else shape
+        last = "last dimension" if len(shape) == 1 else f"last {len(shape)} dimensions"
+        raise layer.error(ShapeError, "forward", f"{last} of x must be {wanted}, got shape {tuple(x.shape)}")
+
+
+def _dims(x: Tensor, shape: tuple[int, ...]) -> tuple[int, tuple[int, ...]]:
+    """How many samples x holds, and the dimensions of one of them."""
+    return math.prod(x.shape[: -len(shape)]), tuple(range(-len(shape), 0))
+
+
+def _sizes(shape: tuple[int, ...]) -> str:
+    return str(shape[0]) if len(shape) == 1 else str(shape)

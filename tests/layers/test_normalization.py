@@ -1,0 +1,68 @@
+"""LayerNorm and RMSNorm against torch.nn."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from handgrad import ArgumentError, DtypeError, LayerNorm, RMSNorm, ShapeError
+from tests.reference import compare, draw
+
+LAYER_NORMS = [
+    {},
+    {"eps": 0.3},
+    {"bias": False},
+    {"elementwise_affine": False},
+]
+RMS_NORMS = [{}, {"eps": 0.3}, {"elementwise_affine": False}]
+
+
+@pytest.mark.parametrize("shape", [5, (5,), [3, 5], 1])
+@pytest.mark.parametrize("flags", LAYER_NORMS, ids=str)
+def test_layer_norm_agrees_with_torch(shape, flags):
+    sizes = (shape,) if isinstance(shape, int) else tuple(shape)
+    batches = [(draw(*lead, *sizes) * 2 + 3,) for lead in ((4,), (), (2, 3), (1,), (0,))]
+    compare(LayerNorm(shape, **flags), nn.LayerNorm(shape, **flags), batches)
+
+
+@pytest.mark.parametrize("shape", [5, (5,), [3, 5], 1])
+@pytest.mark.parametrize("flags", RMS_NORMS, ids=str)
+def test_rms_norm_agrees_with_torch(shape, flags):
+    sizes = (shape,) if isinstance(shape, int) else tuple(shape)
+    batches = [(draw(*lead, *sizes) * 2 + 3,) for lead in ((4,), (), (2, 3), (1,), (0,))]
+    compare(RMSNorm(shape, **flags), nn.RMSNorm(shape, **flags), batches)
+
+
+@pytest.mark.parametrize("layer", [LayerNorm(4), RMSNorm(4)], ids=repr)
+def test_constant_and_extreme_rows_stay_finite(layer):
+    x = torch.tensor([[0.0] * 4, [7.0] * 4, [1e4, -1e4, 0.0, 1e-4], [800.0] * 4])
+    reference = {LayerNorm: nn.LayerNorm, RMSNorm: nn.RMSNorm}[type(layer)](4)
+    leaf = x.clone().requires_grad_()
+    dout = torch.randn(4, 4)
+    reference(leaf).backward(dout)
+    torch.testing.assert_close(layer(x), reference(x).detach(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(layer.backward(dout), leaf.grad, rtol=1e-3, atol=1e-3)
+
+
+def test_no_parameters_need_no_dx():
+    for layer in (LayerNorm(3), RMSNorm(3)):
+        layer(torch.randn(2, 3))
+        assert layer.backward(torch.randn(2, 3), need_dx=False) is None
+        assert layer.weight.grad is not None
+
+
+def test_errors_and_repr():
+    with pytest.raises(ShapeError, match=r"LayerNorm\(5\)\.forward: last dimension of x must be 5, got shape \(2, 4\)"):
+        LayerNorm(5)(torch.zeros(2, 4))
+    with pytest.raises(ShapeError, match=r"last 2 dimensions of x must be \(3, 5\), got shape \(5,\)"):
+        RMSNorm((3, 5))(torch.zeros(5))
+    with pytest.raises(DtypeError, match=r"x must have torch\.float32, the dtype of the parameters"):
+        LayerNorm(5)(torch.zeros(2, 5, dtype=torch.float64))
+    with pytest.raises(ArgumentError, match=r"LayerNorm: normalized_shape must be one or more sizes of at least 1"):
+        LayerNorm(())
+    with pytest.raises(ArgumentError, match=r"RMSNorm: normalized_shape must be one or more sizes of at least 1"):
+        RMSNorm((3, 0))
+    assert repr(LayerNorm((3, 5), eps=0.1, bias=False)) == "LayerNorm((3, 5), eps=0.1, bias=False)"
+    assert repr(LayerNorm(3, elementwise_affine=False)) == "LayerNorm(3, elementwise_affine=False)"
+    assert repr(RMSNorm(3, eps=0.1, elementwise_affine=False)) == "RMSNorm(3, eps=0.1, elementwise_affine=False)"
