@@ -2,6 +2,7 @@
 
 from handgrad.errors import (
     ArgumentError,
+    CompileError,
     DtypeError,
     HandgradError,
     IndexRangeError,
@@ -39,6 +40,7 @@ __all__ = [
     "ArgumentError",
     "BCEWithLogits",
     "BatchNorm1d",
+    "CompileError",
     "Concat",
     "CrossEntropy",
     "Dropout",
