@@ -3,6 +3,7 @@
 from handgrad.bridge import from_torch, to_torch
 from handgrad.errors import (
     ArgumentError,
+    CompileError,
     DtypeError,
     HandgradError,
     IndexRangeError,
@@ -43,6 +44,7 @@ __all__ = [
     "AvgPool2d",
     "BCEWithLogits",
     "BatchNorm1d",
+    "CompileError",
     "Concat",
     "Conv1d",
     "Conv2d",

@@ -91,7 +91,7 @@ class CrossEntropy(Loss):
             dx.mul_(used.unsqueeze(dim))
         if self.reduction == "mean":
             total = self._total(target, used)
-            dx.mul_(1 / total.masked_fill(total == 0, 1) if isinstance(total, Tensor) else 1 / max(total, 1))
+            dx.div_(total.masked_fill(total == 0, 1) if isinstance(total, Tensor) else max(total, 1))
         if dout is not None:
             dx.mul_(dout.unsqueeze(dim) if dout.dim() else dout)
         return dx

@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, Phase
 from hypothesis.errors import Flaky, Unsatisfiable
 
 from handgrad.errors import ArgumentError
-from handgrad.testing import judge
+from handgrad.testing import judge, subject
 from handgrad.testing.errors import CheckError, CheckFailure, ContractError, LayerCrash, VacuousCheck
 from handgrad.testing.plan import Plan, plan_of
 from handgrad.testing.properties.values import is_refusal
@@ -31,7 +31,7 @@ KEPT = 12  # samples of a property that the planted faults are tried on
 
 def check_layer(
     make: Callable[..., Any],
-    x: str | Sequence[str],
+    x: str | Sequence[Any],
     *,
     options: Mapping[str, Any] | None = None,
     sizes: Mapping[str, tuple[int, int]] | None = None,
@@ -49,7 +49,8 @@ def check_layer(
 
     make        the class or a function that makes the layer. Its arguments are sizes (names that x mentions, or any
                 capitalised name) and options.
-    x           the input, or a list with one entry for each input of forward, by its dimensions: ``"*N D"`` any number
+    x           the input, or a list with one entry for each input of forward (a tuple of entries where that input is
+                a tuple), by its dimensions: ``"*N D"`` any number
                 of leading dimensions and one of size D, ``"N T < V"`` integers below V; `handgrad.testing.SYNTAX`.
     options     values, or hypothesis strategies, for other arguments of make: ``{"bias": [True, False]}``.
     sizes       from and to, where a size cannot be 1 to 4, or a star 0 to 3 dimensions: ``{"L": (3, 6)}``.
@@ -129,7 +130,7 @@ def check_plan(plan: Plan, skip: Mapping[str, str], examples: int | None, reprod
         report.properties.append(runner.run())
         kept[name] = runner.kept
         if runner.first is not None and name == "gradients":
-            report.subject = type(runner.first.layer).__name__
+            report.subject = type(subject.unwrap(runner.first.layer)).__name__
             report.oracle = runner.first.truth.source
     if chosen is None and "sensitivity" not in skip:
         report.faults = plant(kept, skip)
@@ -147,7 +148,8 @@ class _Runner:
         self.kept: list[Sample] = []
         self.first: Sample | None = None
         self.keys: set[int] = set()
-        self.failing: Sample | None = None
+        self.failing: Sample | None = None  # the latest, in the end the smallest
+        self.rich: Sample | None = None  # the one with most elements, which tells more
         share = EXAMPLES.get(name, OTHERS) / EXAMPLES["gradients"]
         profile = hypothesis.settings().max_examples
         self.examples = max(2, round(share * (examples or EXAMPLES["gradients"] * profile / 100)))
@@ -160,8 +162,6 @@ class _Runner:
         with judge.tallying() as tally:
             try:
                 self._hypothesis()
-            except NotApplicable as reason:
-                self.report.note = f"does not apply: {reason}"
             except Unsatisfiable:
                 failure = VacuousCheck(
                     f"{self.name}: the layer refused every input drawn, so nothing was checked; give sizes= it takes"
@@ -172,13 +172,17 @@ class _Runner:
                     f"from somewhere else than torch's generator or its own ({error})"
                 )
             except CheckFailure as error:
-                failure = type(error)(failure_text(error, self.name, self.failing, self._again(error)), **error.details)
+                failure = type(error)(
+                    failure_text(error, self.name, self.failing, self.rich, self._again(error)), **error.details
+                )
                 failure.__cause__ = error.__cause__
             except CheckError as error:
                 failure = error
                 failure.__notes__ = []  # type: ignore[attr-defined]
         if failure is not None:
             raise failure from failure.__cause__
+        if self.report.examples:
+            self.report.note = ""
         self.report.elements, self.report.worst = tally.elements, tally.worst
         self.report.distinct = len(self.keys)
         self.report.seconds = time.perf_counter() - start
@@ -207,10 +211,15 @@ class _Runner:
         sample = sample if self.policed else replace(sample, policed=False)
         try:
             PROPERTIES[self.name].check(sample)
+        except NotApplicable as reason:  # to this example; perhaps to another one
+            self.report.note = f"does not apply: {reason}"
+            return
         except CheckFailure as failure:
             if isinstance(failure, LayerCrash) and is_refusal(sample.layer, failure.details["inputs"], failure):
                 hypothesis.reject()  # a row too few for the mode that this property needs
             self.failing = sample
+            if self.rich is None or sum(map(torch.numel, sample.douts)) > sum(map(torch.numel, self.rich.douts)):
+                self.rich = sample
             raise
         self.report.examples += 1
         self.keys.add(sample.key())

@@ -19,7 +19,11 @@ def hints(s: Sample, details: dict[str, Any]) -> list[str]:
     found: list[str] = []
     if isinstance(got, Tensor) and isinstance(want, Tensor) and got.is_floating_point():
         if got.shape == want.shape:
-            found += [*_special(s, got, want), *_ratio(s, got, want), *_difference(got, want), *_last_use(s, details)]
+            if details.get("property") == "accumulation":
+                found += _overwritten(s, details)
+            else:
+                found += [*_special(s, got, want), *_ratio(s, got, want), *_last_use(s, details)]
+                found += [*_difference(got, want), *_proportional(s, got, want)]
         else:
             found += _shape(got, want)
     elif isinstance(want, Tensor) and got is None and details.get("tensor") in subject.parameters(s.layer):
@@ -44,7 +48,7 @@ def _special(s: Sample, got: Tensor, want: Tensor) -> Iterator[str]:
 def _ratio(s: Sample, got: Tensor, want: Tensor) -> Iterator[str]:
     """A constant factor between the two, and what it equals."""
     clear = want.abs() > 1e-6 * max(judge.largest(want), 1e-12)
-    if int(clear.sum()) == 0 or not _near(got[~clear], want[~clear]):
+    if int(clear.sum()) < 2 or not _near(got[~clear], want[~clear]):
         return
     ratios = got[clear] / want[clear]
     ratio = float(ratios.mean())
@@ -55,7 +59,7 @@ def _ratio(s: Sample, got: Tensor, want: Tensor) -> Iterator[str]:
         return
     meanings = [name for name, value in _numbers(s).items() if abs(ratio - value) < 1e-6 * abs(value)]
     text = f"it is {ratio:.6g} times the right one"
-    yield f"{text}, and {' = '.join(meanings[:3])} = {ratio:.6g}" if meanings else text
+    yield f"{text}; {' or '.join(meanings[:3])} is {ratio:.6g}" if meanings else text
 
 
 def _numbers(s: Sample) -> dict[str, float]:
@@ -64,7 +68,7 @@ def _numbers(s: Sample) -> dict[str, float]:
     for label, tensors in (("x", s.inputs), ("out", tuple(s.douts))):
         for name, t in calls.named(label, tensors).items():
             sizes = {f"{name}.shape[{i}]": n for i, n in enumerate(t.shape)}
-            sizes[f"the number of elements of {name}"] = t.numel()
+            sizes[f"{name}.numel()"] = t.numel()
             for text, n in sizes.items():
                 if n > 1:
                     found |= {text: n, f"1/({text})": 1 / n, f"{text} - 1": n - 1, f"1/({text} - 1)": 1 / (n - 1)}
@@ -80,15 +84,38 @@ def _difference(got: Tensor, want: Tensor) -> Iterator[str]:
     off = got - want
     bad = off.abs() > 1e-9 * max(judge.largest(want), 1e-3)
     for dim in range(got.dim()):
-        size, flat = got.shape[dim], bad.movedim(dim, 0).flatten(1)
+        size = got.shape[dim]
         if size < 2 or not bad.any():
             continue
+        flat = bad.movedim(dim, 0).reshape(size, -1)
         spread = off - off.mean(dim, keepdim=True)
         if judge.largest(spread) < 1e-9 * judge.largest(off):
             yield f"it is off by the same amount all along dimension {dim}: a sum or mean over it is missing"
         hit = flat.any(1)
-        if int(hit.sum()) == 1 and flat.shape[1] > 0:
+        if int(hit.sum()) == 1 and size > 2:
             yield f"it is wrong only at index {int(hit.nonzero()[0])} of dimension {dim}"
+
+
+def _proportional(s: Sample, got: Tensor, want: Tensor) -> Iterator[str]:
+    """Whether the error is x or out, times a factor a row: the shape of a forgotten path through a reduction."""
+    off = got - want
+    for name, base in {**s.result.outs, **calls.named("x", s.inputs)}.items():
+        if base.shape != off.shape or not base.is_floating_point() or not off.dim() or judge.largest(off) == 0:
+            continue
+        for dim in range(off.dim()):
+            if off.shape[dim] < 2:
+                continue
+            squares = (base * base).sum(dim, keepdim=True).clamp(min=1e-300)
+            factor = (off * base).sum(dim, keepdim=True) / squares
+            if judge.largest(off - factor * base) < 1e-9 * judge.largest(off):
+                yield f"it is off by a multiple of {name} along dimension {dim}: a path through a sum is missing"
+
+
+def _overwritten(s: Sample, details: dict[str, Any]) -> Iterator[str]:
+    """Whether only one backward's gradient is there."""
+    alone = s.result.grads.get(details["tensor"])
+    if alone is not None and _near(details["got"], alone):
+        yield "it holds the latest gradient alone: backward assigns .grad where it must add (add_grad does)"
 
 
 def _last_use(s: Sample, details: dict[str, Any]) -> Iterator[str]:

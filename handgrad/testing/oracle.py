@@ -7,6 +7,7 @@ they police the two others, and judge alone where a forward leaves autograd noth
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -83,6 +84,8 @@ class Oracle:
             slope, uncertainty = at.slope(direction, douts)
             grads = {k: g for k, g in truth.result.grads.items() if g is not None}
             told = sum((float((grads[k] * direction[k]).sum()) for k in grads), 0.0)
+            if not math.isfinite(slope):  # a loss of NaN (every row ignored) has no slope to compare
+                continue
             size = sum((float((grads[k] * direction[k]).abs().sum()) for k in grads), 1e-3)
             if not abs(slope - told) <= judge.AGAINST_DIFFERENCES * size + uncertainty:
                 raise OracleError(
@@ -95,14 +98,20 @@ class Oracle:
 
     def bind(self, layer: Any) -> tuple[Call, Any]:
         """The oracle's forward as a function of the inputs, and the object that holds its parameters and buffers."""
+        layer = subject.honest(layer)
         if self.module is not None:
             module = self._module(layer)
-            return lambda *inputs: subject.as_tuple(module(*inputs)), module
+            return lambda *inputs: subject.flatten(module(*subject.pack(layer, inputs))), module
         twin = subject.clone(layer)
         if self.reference is None:
             return lambda *inputs: calls.forward(twin, inputs), twin
         reference, takes_layer = self.reference, next(iter(_names(self.reference)), "") == "layer"
-        return lambda *inputs: subject.as_tuple(reference(twin, *inputs) if takes_layer else reference(*inputs)), twin
+
+        def call(*inputs: Any) -> tuple[Tensor, ...]:
+            packed = subject.pack(layer, inputs)
+            return subject.flatten(reference(subject.unwrap(twin), *packed) if takes_layer else reference(*packed))
+
+        return call, twin
 
     def _module(self, layer: Any) -> torch.nn.Module:
         assert self.module is not None

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from handgrad.errors import ArgumentError
+from handgrad.testing import subject
 
 SYNTAX = """An input is described by its dimensions, in order. A name is a size: the same name is the same size
 everywhere, and is given to the constructor if it has an argument of that name. A number is itself; *N stands for 0 to
@@ -56,6 +57,7 @@ class Plan:
     module: Callable[..., torch.nn.Module] | None = None
     differences: bool = False
     distinct: bool = False
+    form: Any = None  # the nesting of the inputs, where some are in tuples
 
     @property
     def arguments(self) -> tuple[str, ...]:
@@ -75,7 +77,8 @@ class Plan:
 
     def build(self, drawn: Mapping[str, Any]) -> Any:
         """Make the layer from drawn sizes and options."""
-        return self.make(**{name: drawn[name] for name in self.arguments})
+        layer = self.make(**{name: drawn[name] for name in self.arguments})
+        return layer if self.form is None else subject.Packed(layer, self.form)
 
     def build_module(self, drawn: Mapping[str, Any]) -> Callable[[], torch.nn.Module] | None:
         """How to make the equal module from the same values."""
@@ -90,10 +93,12 @@ class Plan:
         return given and f"made with {given}"
 
 
-def plan_of(make: Callable[..., Any], x: str | Sequence[str], **what: Any) -> Plan:
+def plan_of(make: Callable[..., Any], x: str | Sequence[Any], **what: Any) -> Plan:
     """A Plan of the arguments of `check_layer`."""
-    texts = [x] if isinstance(x, str) else list(x)
-    plan = Plan(make, tuple(Input.parse(text) for text in texts), **what)
+    texts = (x,) if isinstance(x, str) else tuple(x)
+    form = subject.form_of(texts)
+    form = form if any(isinstance(part, tuple) for part in form) else None
+    plan = Plan(make, tuple(Input.parse(text) for text in subject.flatten(texts)), form=form, **what)
     for name in plan.arguments:
         known = name in plan.options or name in {d for i in plan.inputs for d in (*i.dims, i.below)}
         if not known and not name[0].isupper():

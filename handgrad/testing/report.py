@@ -62,13 +62,11 @@ class Report:
         return "\n".join(lines)
 
 
-def failure_text(error: CheckFailure, name: str, s: Sample | None, again: str) -> str:
+def failure_text(error: CheckFailure, name: str, s: Sample | None, rich: Sample | None, again: str) -> str:
     """Everything that helps to find the mistake: what is wrong, a guess why, the smallest example, how to repeat it."""
     lines = [error.message]
     if s is not None:
-        error.details["property"] = name
-        guesses = _hints(s, error.details)
-        lines += [f"  hint: {guess}" for guess in guesses]
+        lines += [f"  hint: {guess}" for guess in _hints(error, name, [rich, s])]
         lines += ["", "the smallest example found:", *_example(s)]
     number = f"P{PROPERTIES[name].number} " if name in PROPERTIES else ""
     lines += ["", f"property {number}{name}: {PROPERTIES[name].says}" if number else "", again]
@@ -77,11 +75,20 @@ def failure_text(error: CheckFailure, name: str, s: Sample | None, again: str) -
     return f"{layer}{mode}: " + "\n".join(lines).rstrip()
 
 
-def _hints(s: Sample, details: dict[str, Any]) -> list[str]:
-    try:
-        return hints(s, details)
-    except Exception:  # a guess must never hide the failure that it is about
-        return []
+def _hints(error: CheckFailure, name: str, candidates: list[Sample | None]) -> list[str]:
+    """The hints of the first example that gives some. A larger one tells more than the smallest."""
+    for s in candidates:
+        if s is None:
+            continue
+        try:
+            PROPERTIES[name].check(s)
+        except CheckFailure as failure:
+            if failure.details.get("tensor") != error.details.get("tensor"):
+                continue
+            found = hints(s, {**failure.details, "property": name})
+            if found:
+                return found[:3]
+    return []
 
 
 def _example(s: Sample) -> list[str]:

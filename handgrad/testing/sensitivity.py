@@ -9,47 +9,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from handgrad.testing import calls, subject
+from handgrad.testing import calls, judge, subject
 from handgrad.testing.errors import CheckError, CheckFailure, VacuousCheck
 from handgrad.testing.sample import PROPERTIES, NotApplicable, Sample
 
 
-class Faulty:
-    """Stands in for a layer and passes everything on. Subclasses do one thing wrong.
+class Faulty(subject.StandIn):
+    """A layer with a fault planted into it. Subclasses do one thing wrong; the oracle uses the layer inside."""
 
-    `subject.unwrap` finds the layer inside, which the oracle uses.
-    """
-
-    fault = ""
+    fault = "none"
     noticed_by: tuple[str, ...] = ("gradients",)
-
-    def __init__(self, layer: Any) -> None:
-        self.wrapped_layer = layer
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") or name == "wrapped_layer":
-            raise AttributeError(name)
-        return getattr(self.wrapped_layer, name)
 
     def __repr__(self) -> str:
         return f"{self.wrapped_layer!r} with a fault: {self.fault}"
-
-    @property
-    def training(self) -> bool:
-        """The layer's own mode."""
-        return bool(getattr(self.wrapped_layer, "training", True))
-
-    @training.setter
-    def training(self, mode: bool) -> None:
-        self.wrapped_layer.training = mode
-
-    def forward(self, *inputs: Any) -> Any:
-        """The layer's forward."""
-        return self.wrapped_layer.forward(*inputs)
-
-    def backward(self, dout: Any, **keywords: Any) -> Any:
-        """The layer's backward."""
-        return self.wrapped_layer.backward(dout, **keywords)
 
     @classmethod
     def why_not(cls, s: Sample) -> str:
@@ -250,7 +222,7 @@ class _InModes(Faulty):
             train, evaluation = s.mode(True), s.mode(False)
             a = calls.forward(train.copy(), s.inputs)
             b = calls.forward(evaluation.copy(), s.inputs)
-        return "" if any(not torch.equal(x, y) for x, y in zip(a, b)) else "training and evaluation do the same"
+        return "" if any(not judge.identical(x, y) for x, y in zip(a, b)) else "training and evaluation do the same"
 
 
 class TrainsInEval(_InModes):  # noqa: D101

@@ -7,14 +7,15 @@ normals at a scale of 0.1 to 3; `special` adds exact zeros, kinks, values far ou
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
+from hypothesis import reject
 from hypothesis import strategies as st
 from hypothesis.strategies import DrawFn, SearchStrategy
 from torch import Tensor
 
-from handgrad.testing import calls, judge, subject
+from handgrad.testing import calls, subject
 from handgrad.testing.errors import CheckFailure, LayerCrash
 from handgrad.testing.oracle import Oracle
 from handgrad.testing.plan import Input, Plan, plan_of
@@ -23,40 +24,18 @@ from handgrad.testing.sample import Sample
 
 SIZES = (1, 4)
 FAR = (0.0, 30.0, -30.0, 800.0, -800.0, 1.0, -0.5, 1e-3)
-AT_MOST = 64  # elements a tensor
 
 
 @st.composite
 def tensors(draw: DrawFn, shape: Sequence[int], special: bool = False, kinks: Sequence[float] = ()) -> Tensor:
     """A float64 tensor of the shape; away from `kinks`, unless it is special and may hit them exactly."""
-    shape = tuple(shape)
-    numel = torch.Size(shape).numel()
-    tier = draw(st.integers(0, 2))
-    if special and tier:
-        places = torch.tensor([*FAR, *kinks], dtype=torch.float64)
-        values = places[_bytes(draw, numel) % len(places)].view(shape)
-        return values[:1].expand(shape).clone() if tier == 2 and shape and shape[0] else values
-    if tier:
-        generator = torch.Generator().manual_seed(draw(st.integers(0, 2**20)))
-        scale = draw(st.sampled_from([1.0, 3.0, 0.1]))
-        values = torch.randn(shape, generator=generator, dtype=torch.float64) * scale
-    else:
-        raw = _bytes(draw, numel)
-        values = (torch.where(raw % 2 == 1, raw + 1, -raw) / 16.0).to(torch.float64).view(shape)
-        values = values.clamp(-4, 4)
-    for kink in [] if special else kinks:
-        near = (values - kink).abs() < 0.01
-        values = torch.where(near, kink + torch.where(values < kink, -0.125, 0.125), values)
-    return values
+    return _values(draw, _generator(draw), shape, special, kinks)
 
 
 @st.composite
 def distinct_tensors(draw: DrawFn, shape: Sequence[int]) -> Tensor:
     """A float64 tensor without two equal elements, for maxima and sorting."""
-    numel = torch.Size(shape).numel()
-    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**20)))
-    places = torch.randperm(numel, generator=generator).to(torch.float64)
-    return ((places - numel / 2) / 8 + 1 / 16).view(tuple(shape))
+    return _distinct(_generator(draw), shape)
 
 
 @st.composite
@@ -72,16 +51,8 @@ def indices(draw: DrawFn, shape: Sequence[int], below: int, special: bool = Fals
 
 @st.composite
 def douts(draw: DrawFn, shape: Sequence[int]) -> Tensor:
-    """A float64 tensor to send back: never constant where it need not be; normal, of eighths, sparse, or scaled."""
-    shape = tuple(shape)
-    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**20)))
-    values = torch.randn(shape, generator=generator, dtype=torch.float64)
-    kind = draw(st.sampled_from(["eighths", "normal", "sparse", "large", "small"]))
-    if kind == "eighths":
-        return (values * 8).round().clamp(-32, 32) / 8
-    if kind == "sparse":
-        return values * (torch.rand(shape, generator=generator) < 0.3)
-    return values * {"normal": 1.0, "large": 100.0, "small": 1e-3}[kind]
+    """A float64 tensor to send back: never constant where it need not be; of eighths, normal, sparse, large, small."""
+    return _dout(draw, _generator(draw), shape)
 
 
 @st.composite
@@ -91,31 +62,40 @@ def samples(draw: DrawFn, plan: Plan, edges: bool = False, special: bool = False
     With `edges` some sizes are 0 or 1. An input that the layer refuses for a size of 0 or 1 is drawn again, unless it
     is an edge.
     """
+    seed = draw(st.integers(0, 2**20))
+    generator = torch.Generator().manual_seed(seed)
     drawn: dict[str, Any] = {name: draw(_choice(values)) for name, values in plan.options.items()}
     drawn.update(_sizes(draw, plan, plan.names, edges))
-    seed = draw(st.integers(0, 2**20))
     with subject.private_rng(seed):
         layer = subject.cast(plan.build(drawn), torch.float64)
-        calls.check_contract(layer)
         module = plan.build_module(drawn)
+    calls.check_contract(layer)
     for name, param in subject.parameters(layer).items():
         if param.is_floating_point():
-            param.data = _within(draw(tensors(param.shape)), plan.ranges.get(name))
-    free = [name for name in plan.names if name not in plan.arguments]
-    others = {**drawn, **_sizes(draw, plan, free, False)}
-    inputs, other_inputs = _inputs(draw, plan, drawn, special), _inputs(draw, plan, others, False)
+            param.data = _within(_values(draw, generator, param.shape), plan.ranges.get(name))
+    others = {**drawn, **_sizes(draw, plan, [name for name in plan.names if name not in plan.arguments], False)}
+    inputs = tuple(_input(draw, generator, plan, item, drawn, special) for item in plan.inputs)
+    other_inputs = tuple(_input(None, generator, plan, item, others) for item in plan.inputs)
     if subject.has_modes(layer):
         if subject.buffers(layer):
             _warm_up(layer, other_inputs, draw(st.integers(0, 2)))
-        subject.set_mode(layer, draw(st.sampled_from([True, True, False])))
-    outs, other_outs = _outs(layer, inputs, edges, seed), _outs(layer, other_inputs, False, seed)
-    oracle = Oracle(plan.reference, module, plan.differences)
-    mine, others_douts = (tuple(draw(douts(o.shape)) for o in each) for each in (outs, other_outs))
-    police = not (special or edges) and draw(st.integers(0, 4)) == 0
-    return Sample(layer, inputs, mine, other_inputs, others_douts, oracle, plan.kinks, seed, police, plan.title(drawn))
+        subject.set_mode(layer, draw(st.integers(0, 2)) < 2)
+    mine, theirs = (_outs(layer, each, edges, seed) for each in (inputs, other_inputs))
+    return Sample(
+        layer,
+        inputs,
+        tuple(_dout(draw, generator, out.shape) for out in mine),
+        other_inputs,
+        tuple(_dout(None, generator, out.shape) for out in theirs),
+        Oracle(plan.reference, module, plan.differences),
+        plan.kinks,
+        seed,
+        policed=not (special or edges) and seed % 8 == 0,
+        made_by=plan.title(drawn),
+    )
 
 
-def samples_of(make: Callable[..., Any], x: str | Sequence[str], **what: Any) -> SearchStrategy[Sample]:
+def samples_of(make: Callable[..., Any], x: str | Sequence[Any], **what: Any) -> SearchStrategy[Sample]:
     """Samples by the arguments of `check_layer`, for a test of your own.
 
     >>> from hypothesis import given, settings
@@ -130,9 +110,55 @@ def samples_of(make: Callable[..., Any], x: str | Sequence[str], **what: Any) ->
     return samples(plan_of(make, x, **what))
 
 
+def _generator(draw: DrawFn) -> torch.Generator:
+    return torch.Generator().manual_seed(draw(st.integers(0, 2**20)))
+
+
+def _values(
+    draw: DrawFn | None,
+    generator: torch.Generator,
+    shape: Sequence[int],
+    special: bool = False,
+    kinks: Sequence[float] = (),
+) -> Tensor:
+    """Values of the tier drawn; without `draw`, normals."""
+    shape = tuple(shape)
+    numel = torch.Size(shape).numel()
+    tier = 1 if draw is None else draw(st.integers(0, 3))
+    if special and tier and draw is not None:
+        places = torch.tensor([*FAR, *kinks], dtype=torch.float64)
+        values = places[_bytes(draw, numel) % len(places)].view(shape)
+        return values[:1].expand(shape).clone() if tier == 3 and shape and shape[0] else values
+    if tier or draw is None:
+        values = torch.randn(shape, generator=generator, dtype=torch.float64) * (1.0, 3.0, 0.1)[tier - 1]
+    else:
+        raw = _bytes(draw, numel) % 65
+        values = (torch.where(raw % 2 == 1, raw + 1, -raw) / 16.0).to(torch.float64).view(shape)
+    for kink in [] if special else kinks:
+        near = (values - kink).abs() < 0.01
+        values = torch.where(near, kink + torch.where(values < kink, -0.125, 0.125), values)
+    return values
+
+
+def _distinct(generator: torch.Generator, shape: Sequence[int]) -> Tensor:
+    numel = torch.Size(shape).numel()
+    places = torch.randperm(numel, generator=generator).to(torch.float64)
+    return ((places - numel // 2) / 8 + 1 / 16).view(tuple(shape))
+
+
+def _dout(draw: DrawFn | None, generator: torch.Generator, shape: Sequence[int]) -> Tensor:
+    shape = tuple(shape)
+    values = torch.randn(shape, generator=generator, dtype=torch.float64)
+    kind = 1 if draw is None else draw(st.integers(0, 4))
+    if kind == 0:
+        return (values * 8).round().clamp(-32, 32) / 8
+    if kind == 4:
+        return values * (torch.rand(shape, generator=generator) < 0.5)
+    return values * (1.0, 100.0, 1e-3)[kind - 1]
+
+
 def _bytes(draw: DrawFn, n: int) -> Tensor:
-    raw = draw(st.binary(min_size=n, max_size=n))
-    return torch.tensor(list(raw), dtype=torch.int64)
+    return torch.tensor(list(draw(st.binary(min_size=n, max_size=n))), dtype=torch.int64)
 
 
 def _choice(values: Any) -> SearchStrategy[Any]:
@@ -160,22 +186,29 @@ def _sizes(draw: DrawFn, plan: Plan, names: Sequence[str], edges: bool) -> dict[
     return found
 
 
-def _inputs(draw: DrawFn, plan: Plan, drawn: Mapping[str, Any], special: bool) -> tuple[Any, ...]:
-    return tuple(_input(draw, plan, item, drawn, special) for item in plan.inputs)
-
-
-def _input(draw: DrawFn, plan: Plan, item: Input, drawn: Mapping[str, Any], special: bool) -> Tensor:
+def _input(
+    draw: DrawFn | None,
+    generator: torch.Generator,
+    plan: Plan,
+    item: Input,
+    drawn: Mapping[str, Any],
+    special: bool = False,
+) -> Tensor:
+    """One input of forward; without `draw`, everything about it comes from the generator."""
     shape: list[int] = []
     for dim in item.dims:
         size = int(dim) if dim.isdigit() else drawn[dim]
         shape.extend(size if isinstance(size, tuple) else [size])
-    if item.kind == "index":
-        return draw(indices(shape, int(item.below) if item.below.isdigit() else drawn[item.below], special))
-    if item.kind == "bool":
-        return draw(indices(shape, 2)).bool()
+    if item.kind in ("index", "bool"):
+        below = 2 if item.kind == "bool" else int(item.below) if item.below.isdigit() else drawn[item.below]
+        if draw is None:
+            values = torch.randint(below, shape, generator=generator)
+        else:
+            values = draw(indices(shape, below, special))
+        return values.bool() if item.kind == "bool" else values
     if plan.distinct:
-        return draw(distinct_tensors(shape))
-    values = draw(tensors(shape, special, tuple(plan.kinks)))
+        return _distinct(generator, shape)
+    values = _values(draw, generator, shape, special, tuple(plan.kinks))
     if item.kind == "positive":
         return values.abs() + 0.125
     return torch.sigmoid(values.clamp(-3, 3)) if item.kind == "unit" else values
@@ -205,14 +238,7 @@ def _outs(layer: Any, inputs: tuple[Any, ...], edges: bool, seed: int) -> tuple[
             return calls.forward(subject.clone(layer), inputs)
     except LayerCrash as crash:
         if not edges and is_refusal(layer, inputs, crash):
-            _reject()
+            reject()
     except CheckFailure:
         pass
     return ()
-
-
-def _reject() -> None:
-    from hypothesis import reject
-
-    judge.note(0)
-    cast("Callable[[], None]", reject)()

@@ -204,7 +204,7 @@ def assert_plumbing(s: Sample) -> None:
         stranger.load_state_dict({name: t.clone() for name, t in start.state_dict().items()})
         twins["loaded by state_dict"] = stranger
     for how, twin in twins.items():
-        if isinstance(twin, Layer) and twin.pending:
+        if isinstance(subject.unwrap(twin), Layer) and twin.pending:
             raise ContractError(f"a {how} layer must not bring its records along: {twin.pending} wait in it")
         if "state_dict" not in how:
             _restore_buffers(twin, start)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from handgrad.errors import HandgradError
 from handgrad.testing import calls, judge, subject
 from handgrad.testing.errors import ContractError, GradientMismatch, LayerCrash, OutputMismatch
+from handgrad.testing.oracle import Truth
 from handgrad.testing.sample import NotApplicable, Sample, prop
 
 F32 = torch.finfo(torch.float32).eps
@@ -80,15 +82,18 @@ def is_refusal(layer: Any, inputs: tuple[Any, ...], crash: LayerCrash) -> bool:
     cause, tensors = crash.__cause__, [x for x in inputs if isinstance(x, Tensor)]
     if not isinstance(cause, (HandgradError, ValueError)) or min((d for x in tensors for d in x.shape), default=2) > 1:
         return False
-    text = str(cause)
-    return type(subject.unwrap(layer)).__name__ in text and any(str(tuple(x.shape)) in text for x in tensors)
+    layer = subject.unwrap(layer)
+    layers = [inner for _, inner in layer.named_layers()] if hasattr(layer, "named_layers") else [layer]
+    named = any(type(inner).__name__ in str(cause) for inner in layers)
+    return named and re.search(r"\((\d+,|\d+(, \d+)+)?\)", str(cause)) is not None  # a shape
 
 
 @prop(9, "dtypes")
 def assert_dtypes(s: Sample) -> None:
     """In float32 everything stays float32, and is as near to the float64 truth as autograd's float32 is.
 
-    err32(by hand) may be 4 err32(autograd) + 16 eps32 S, both against the oracle in float64.
+    err32(by hand) may be 4 err32(autograd) + 16 eps32 S, both against the oracle in float64; 1e-3 S where finite
+    differences judge.
     """
     layer, inputs, douts = subject.cast(s.copy(), torch.float32), _to(s.inputs), _to(s.douts)
     got = calls.run(layer, inputs, douts, s.seed)
@@ -97,22 +102,53 @@ def assert_dtypes(s: Sample) -> None:
         wanted = torch.float32 if before is None else before.dtype
         if tensor is not None and tensor.is_floating_point() and tensor.dtype is not wanted:
             raise ContractError(f"{name} is {tensor.dtype} in a layer of {wanted}", tensor=name)
-    truth = s.oracle.truth(subject.cast(subject.clone(layer), torch.float64), _up(inputs), _up(douts), s.seed)
+    truth, noise = _rounding(s, layer, inputs, douts)
     want = {**truth.result.outs, **truth.result.grads}
-    # An empty autograd of float32 (differences judge) leaves a plain tolerance.
-    rounded = None if truth.source == "finite differences" else s.oracle.truth(layer, inputs, douts, s.seed).result
-    noise = {} if rounded is None else {**rounded.outs, **rounded.grads}
+    ours = {n: None if t is None else t.to(torch.float64) for n, t in {**got.outs, **got.grads}.items()}
+    text = " in float32 (allowed: 4 times autograd's own float32 error + 16 eps)"
+    try:
+        judge.judge(ours, want, _float32_limit(noise, douts), text)
+    except GradientMismatch:
+        # One run of autograd may have been lucky in its rounding. Its neighbours tell how unlucky it can be.
+        generator = torch.Generator().manual_seed(s.seed)
+        for _ in range(8):
+            twin = subject.clone(layer)
+            for param in subject.parameters(twin).values():
+                param.data = _near(param, generator)
+            near = [tuple(_near(t, generator) for t in tensors) for tensors in (inputs, douts)]
+            for name, value in _rounding(s, twin, *near)[1].items():
+                noise[name] = max(noise.get(name, 0.0), value)
+        judge.judge(ours, want, _float32_limit(noise, douts), text)
+
+
+def _rounding(
+    s: Sample, layer: Any, inputs: tuple[Any, ...], douts: tuple[Tensor, ...]
+) -> tuple[Truth, dict[str, float]]:
+    """The float64 truth for float32 tensors, and how far the oracle in float32 is from it, by tensor."""
+    truth = s.oracle.truth(subject.cast(subject.clone(layer), torch.float64), _up(inputs), _up(douts), s.seed)
+    if truth.source == "finite differences":
+        return truth, {}
+    rounded = s.oracle.truth(layer, inputs, douts, s.seed).result
+    exact = {**truth.result.outs, **truth.result.grads}
+    errors = {n: (t, exact[n]) for n, t in {**rounded.outs, **rounded.grads}.items()}
+    return truth, {n: judge.largest(t.to(w) - w) for n, (t, w) in errors.items() if t is not None and w is not None}
+
+
+def _float32_limit(noise: dict[str, float], douts: tuple[Tensor, ...]) -> judge.Limit:
     dout = max((judge.largest(d) for d in douts), default=0.0)
 
     def limit(name: str, got: Tensor, want: Tensor) -> Tensor:
         scale = max(judge.largest(want), 1e-3 * dout)
-        theirs = noise.get(name)
-        if theirs is None:
-            return torch.full_like(want, 1e-3 * scale)
-        return torch.full_like(want, 4 * judge.largest(theirs.to(want) - want) + 16 * F32 * scale + F32 * F32)
+        allowed = 4 * noise[name] + 16 * F32 * scale + F32 * F32 if name in noise else 1e-3 * scale
+        return torch.full_like(want, allowed)
 
-    ours = {n: None if t is None else t.to(torch.float64) for n, t in {**got.outs, **got.grads}.items()}
-    judge.judge(ours, want, limit, " in float32 (limit: 4 times autograd's own float32 error + 16 eps)")
+    return limit
+
+
+def _near(x: Tensor, generator: torch.Generator) -> Tensor:
+    if not x.is_floating_point():
+        return x
+    return x * (1 + 1e-3 * torch.randn(x.shape, generator=generator, dtype=x.dtype))
 
 
 @prop(10, "state")
@@ -144,7 +180,8 @@ def assert_state(s: Sample) -> None:
 def assert_special(s: Sample) -> None:
     """At 0, at kinks, far out, in constant columns, at extreme indices: finite where the oracle is, and as precise.
 
-    Judged element by element: 1e-9 of the element, plus 1e-12 of the tensor's scale for cancellation.
+    Judged element by element: 1e-9 of the element, plus 1e-12 of the tensor's scale for cancellation (times x^2 in a
+    layer with parameters).
     """
     want = {n: None if g is None else g.clone() for n, g in s.truth.result.grads.items()}
     doubt = dict(s.truth.uncertainty)
@@ -155,7 +192,9 @@ def assert_special(s: Sample) -> None:
         for place, slope in s.kinks.items():
             dx[x == place] = slope * dout[x == place]
             doubt.pop("dx", None)
-    scale = judge.within(judge.SAME_CODE, s.douts)
+    # In a product with parameters, terms of the size of x may cancel, and even of x^2 where x meets itself (attention).
+    far = max((judge.largest(x) for x in s.inputs), default=0.0) if subject.parameters(s.layer) else 0.0
+    scale = judge.within(judge.SAME_CODE * max(1.0, far) ** 2, s.douts)
 
     def limit(name: str, got: Tensor, want: Tensor) -> Tensor:
         if s.truth.source == "finite differences":
