@@ -1,6 +1,6 @@
 """What the names models share: data, split, training loop, evaluation, sampling, checkpoints, pictures and flags.
 
-A model script defines how its layers are put together and calls `main`; everything a person sees is here.
+A model script defines its `Recipe` and calls `main`; everything a person sees is here.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import random
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -32,6 +32,7 @@ import handgrad
 from handgrad import SGD, CrossEntropy, Layer, TrainStep
 
 DATA = Path(__file__).parent / "data" / "names.txt"
+IGNORED = -100  # the target of a place that holds no character: CrossEntropy passes over it
 BOUNDARY = "."  # token 0: it fills the context before a name and ends the name
 LONGEST_SAMPLE = 64  # characters after which a sampled name is cut off
 VALIDATIONS = 20  # validation losses along a run
@@ -68,7 +69,7 @@ class Vocabulary:
 
 @dataclass(frozen=True)
 class Split:
-    """Contexts x (N, T) of tokens and the token y (N,) that follows each."""
+    """Tokens x (N, T), and what follows: y (N,) after all T of them, or y (N, T) after each, IGNORED where nothing."""
 
     x: Tensor
     y: Tensor
@@ -122,7 +123,20 @@ def windows(names: Sequence[str], vocabulary: Vocabulary, block_size: int) -> Sp
     return Split(torch.tensor(x), torch.tensor(y))
 
 
-# ---------------------------------------------------------------------------------------------------- a run
+def sequences(names: Sequence[str], vocabulary: Vocabulary, block_size: int) -> Split:
+    """Each name as one row: the boundary and the name, at each place the token after it; cut off at `block_size`."""
+    token = {character: i for i, character in enumerate(vocabulary.characters)}
+    width = min(block_size, max(map(len, names)) + 1)
+    x = torch.zeros(len(names), width, dtype=torch.int64)
+    y = torch.full((len(names), width), IGNORED)
+    for row, name in enumerate(names):
+        tokens = [token[character] for character in BOUNDARY + name + BOUNDARY][: width + 1]
+        x[row, : len(tokens) - 1] = torch.tensor(tokens[:-1])
+        y[row, : len(tokens) - 1] = torch.tensor(tokens[1:])
+    return Split(x, y)
+
+
+# ---------------------------------------------------------------------------------------------------- a model, a run
 
 
 @dataclass
@@ -137,19 +151,42 @@ class Config:
     lr: float = 0.1
     seed: int = 42
     unbiased: bool = False
+    tied: bool = False
 
     def lr_at(self, step: int) -> float:
         """The learning rate of a step: a tenth in the second half."""
         return self.lr if step < self.steps // 2 else self.lr / 10
 
 
-Build = Callable[[Config, int, torch.Generator], Layer]
+OPTIONS = {
+    "unbiased": "normalise batches with n - 1, as the lecture does",
+    "tied": "share the table of the embedding with the output layer",
+}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a model script defines; everything else is shared."""
+
+    name: str
+    description: str
+    build: Callable[[Config, int, torch.Generator], Layer]  # of the configuration, the vocabulary size and a generator
+    defaults: Config = field(default_factory=Config)
+    options: tuple[str, ...] = ()  # which of OPTIONS the model has
+    sequences: bool = False  # a model of whole names, with a target at each place, instead of one of windows
+    optimizer: Callable[[Iterable[Tensor], float], torch.optim.Optimizer] = SGD
+
+    def split(self, names: Sequence[str], vocabulary: Vocabulary, block_size: int, device: torch.device) -> Split:
+        """The names as the model reads them."""
+        split = (sequences if self.sequences else windows)(names, vocabulary, block_size)
+        return Split(split.x.to(device), split.y.to(device))
 
 
 @dataclass
 class Run:
     """A training run: everything that changes from step to step, and what a checkpoint has to hold."""
 
+    recipe: Recipe
     config: Config
     vocabulary: Vocabulary
     model: Layer
@@ -161,15 +198,15 @@ class Run:
     seconds: float = 0.0
 
     @classmethod
-    def new(cls, config: Config, vocabulary: Vocabulary, build: Build, device: torch.device) -> Run:
+    def new(cls, recipe: Recipe, config: Config, vocabulary: Vocabulary, device: torch.device) -> Run:
         """A run before its first step."""
         generator = torch.Generator().manual_seed(config.seed)
         try:
-            model = build(config, len(vocabulary), generator).to(device)
+            model = recipe.build(config, len(vocabulary), generator).to(device)
         except (RuntimeError, MemoryError) as error:
             raise InputError(f"the model does not fit into memory: {str(error).splitlines()[0]}") from None
-        optimizer = SGD(model.parameters(), lr=config.lr)
-        return cls(config, vocabulary, model, optimizer, generator, torch.zeros(config.steps))
+        optimizer = recipe.optimizer(model.parameters(), config.lr)
+        return cls(recipe, config, vocabulary, model, optimizer, generator, torch.zeros(config.steps))
 
     @property
     def parameters(self) -> int:
@@ -178,9 +215,9 @@ class Run:
 
 
 def minibatch(split: Split, size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Draw `size` examples with replacement."""
+    """Draw `size` rows with replacement: x, and y as the loss wants it, one a prediction."""
     rows = torch.randint(0, split.y.shape[0], (size,), generator=generator).to(split.y.device)
-    return split.x[rows], split.y[rows]
+    return split.x[rows], split.y[rows].flatten()
 
 
 def train(run: Run, splits: dict[str, Split], save: Callable[[], None], stop: Stop) -> None:
@@ -217,25 +254,26 @@ def evaluate(model: Layer, split: Split) -> float:
     loss, total = CrossEntropy(reduction="sum"), 0.0
     model.eval()
     for x, y in zip(split.x.split(CHUNK), split.y.split(CHUNK)):
-        total += float(loss(model(x), y))
+        total += float(loss(model(x), y.flatten()))
     model.train()
-    return total / split.y.shape[0]
+    return total / int((split.y != IGNORED).sum())
 
 
 @torch.no_grad()
-def sample(model: Layer, vocabulary: Vocabulary, block_size: int, count: int, seed: int, device: Any) -> list[str]:
+def sample(run: Run, count: int, device: torch.device) -> list[str]:
     """Draw `count` names from the model, character by character."""
-    generator = torch.Generator().manual_seed(seed)
-    tokens = torch.zeros(count, block_size, dtype=torch.int64)
-    model.eval()
+    block_size, generator = run.config.block_size, torch.Generator().manual_seed(run.config.seed)
+    begin = 1 if run.recipe.sequences else block_size  # boundaries before the first character
+    tokens = torch.zeros(count, begin, dtype=torch.int64)
+    run.model.eval()
     for _ in range(LONGEST_SAMPLE if count else 0):
-        logits = model(tokens[:, -block_size:].to(device)).cpu()
-        drawn = torch.multinomial(logits.softmax(1), 1, generator=generator)
-        tokens = torch.cat([tokens, drawn], 1)
-        if bool((tokens[:, block_size:] == 0).any(1).all()):
+        logits = run.model(tokens[:, -block_size:].to(device)).cpu()
+        probabilities = logits.view(count, -1, len(run.vocabulary))[:, -1].softmax(1)
+        tokens = torch.cat([tokens, torch.multinomial(probabilities, 1, generator=generator)], 1)
+        if bool((tokens[:, begin:] == 0).any(1).all()):
             break
-    model.train()
-    texts = (vocabulary.decode(row) for row in tokens[:, block_size:].tolist())
+    run.model.train()
+    texts = (run.vocabulary.decode(row) for row in tokens[:, begin:].tolist())
     return [text.split(BOUNDARY)[0] for text in texts]
 
 
@@ -244,7 +282,7 @@ def sample(model: Layer, vocabulary: Vocabulary, block_size: int, count: int, se
 FORMAT = "handgrad names model 1"
 
 
-def save_checkpoint(run: Run, path: Path, kind: str, data: str) -> None:
+def save_checkpoint(run: Run, path: Path, data: str) -> None:
     """Write the whole run to a safetensors file, atomically: at any moment it is the old or the new one, whole."""
     tensors = {f"model.{key}": tensor for key, tensor in run.model.state_dict().items()}
     for index, state in run.optimizer.state_dict()["state"].items():
@@ -254,7 +292,7 @@ def save_checkpoint(run: Run, path: Path, kind: str, data: str) -> None:
     progress = {"step": run.step, "seconds": run.seconds, "validations": run.validations}
     metadata = {
         "format": FORMAT,
-        "kind": kind,
+        "kind": run.recipe.name,
         "data": data,
         "vocabulary": run.vocabulary.characters,
         "config": json.dumps(asdict(run.config)),
@@ -443,9 +481,12 @@ def rate(text: str) -> float:
     return value
 
 
-def parse_flags(description: str, defaults: Config, argv: Sequence[str] | None) -> argparse.Namespace:
+def parse_flags(recipe: Recipe, argv: Sequence[str] | None) -> argparse.Namespace:
     """The flags that all names models share. What a run's result depends on is None where it was not given."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    defaults = recipe.defaults
+    parser = argparse.ArgumentParser(
+        prog=recipe.name, description=recipe.description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     data = parser.add_argument_group("data and model")
     data.add_argument(
         "--data",
@@ -462,9 +503,8 @@ def parse_flags(description: str, defaults: Config, argv: Sequence[str] | None) 
     size("--block-size", 1, 1024, "characters of context", data)
     size("--embedding-dim", 1, 65536, "numbers a character is embedded in", data)
     size("--hidden-dim", 1, 65536, "hidden units", data)
-    data.add_argument(
-        "--unbiased", action="store_const", const=True, help="normalise batches with n - 1, as the lecture does"
-    )
+    for option in recipe.options:
+        data.add_argument(f"--{option}", action="store_const", const=True, help=OPTIONS[option])
     training = parser.add_argument_group("training")
     size("--steps", 0, 10**9, "training steps; the learning rate drops to a tenth halfway", training)
     size("--batch-size", 2, 2**20, "examples a step", training)
@@ -510,20 +550,20 @@ def parse_flags(description: str, defaults: Config, argv: Sequence[str] | None) 
     return parser.parse_args(argv)
 
 
-def main(kind: str, description: str, build: Build, defaults: Config, argv: Sequence[str] | None = None) -> int:
+def main(recipe: Recipe, argv: Sequence[str] | None = None) -> int:
     """Run a names model; the exit code is 0, or 1 for a wrong gradient, 2 for bad input, 130 after Ctrl-C."""
-    args = parse_flags(description, defaults, argv)
+    args = parse_flags(recipe, argv)
     try:
         with Stop() as stop:
-            return run_model(kind, build, defaults, args, stop)
+            return run_model(recipe, args, stop)
     except InputError as error:
-        print(f"{kind}: error: {error}", file=sys.stderr)
+        print(f"{recipe.name}: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
 
 
-def run_model(kind: str, build: Build, defaults: Config, args: argparse.Namespace, stop: Stop) -> int:
+def run_model(recipe: Recipe, args: argparse.Namespace, stop: Stop) -> int:
     """Everything between the flags and the exit code."""
     for path in (args.save, args.plot, args.report):
         if path is not None and not path.parent.is_dir():
@@ -533,37 +573,34 @@ def run_model(kind: str, build: Build, defaults: Config, args: argparse.Namespac
     names = read_names(args.data)
     vocabulary = Vocabulary.of(names)
     data = hashlib.sha256("\n".join(names).encode()).hexdigest()
-    given = {name: getattr(args, name) for name in asdict(defaults) if getattr(args, name) is not None}
+    given = {name: value for name, value in vars(args).items() if hasattr(recipe.defaults, name) and value is not None}
     if args.resume is None:
-        run = Run.new(Config(**(asdict(defaults) | given)), vocabulary, build, device)
+        run = Run.new(recipe, Config(**(asdict(recipe.defaults) | given)), vocabulary, device)
     else:
-        run = resume(args.resume, kind, given, vocabulary, data, build, device)
+        run = resume(recipe, args.resume, given, vocabulary, data, device)
     if args.save is not None:
         if args.save.exists() and args.save != args.resume:
-            load_checkpoint(args.save, kind)  # refuse to replace anything but an earlier checkpoint
-        save_checkpoint(run, args.save, kind, data)
+            load_checkpoint(args.save, recipe.name)  # refuse to replace anything but an earlier checkpoint
+        save_checkpoint(run, args.save, data)
 
     config = run.config
     parts = split_names(names, config.seed)
-    splits = {}
-    for name, part in parts.items():
-        split = windows(part, vocabulary, config.block_size)
-        splits[name] = Split(split.x.to(device), split.y.to(device))
-    examples = " / ".join(f"{split.y.shape[0]:,}" for split in splits.values())
+    splits = {name: recipe.split(part, vocabulary, config.block_size, device) for name, part in parts.items()}
+    examples = " / ".join(f"{int((split.y != IGNORED).sum()):,}" for split in splits.values())
     print(f"{len(names):,} names, {len(vocabulary)} characters; {examples} examples to train / validate / test")
     print(f"{run.model!r}\n{run.parameters:,} parameters", flush=True)
     if args.check and not check_gradients(run, splits["train"]):
-        print(f"{kind}: error: a gradient differs from autograd's", file=sys.stderr)
+        print(f"{recipe.name}: error: a gradient differs from autograd's", file=sys.stderr)
         return 1
 
     def save() -> None:
         if args.save is not None:
-            save_checkpoint(run, args.save, kind, data)
+            save_checkpoint(run, args.save, data)
 
     train(run, splits, save, stop)
     save()
     losses = {name: evaluate(run.model, split) for name, split in splits.items()}
-    samples = sample(run.model, vocabulary, config.block_size, args.samples, config.seed, device)
+    samples = sample(run, args.samples, device)
     state = f"stopped after {run.step:,} of {config.steps:,} steps" if stop.asked else f"{run.step:,} steps"
     speed = f", {run.step / run.seconds:,.0f} steps/s" if run.seconds else ""
     print("  ".join(f"{name} {loss:.4f}" for name, loss in losses.items()) + f"   ({state}{speed})")
@@ -576,7 +613,7 @@ def run_model(kind: str, build: Build, defaults: Config, args: argparse.Namespac
         text = json.dumps(report(run, losses, samples, settings), indent=2, ensure_ascii=False, allow_nan=False)
         write_atomically(args.report, text.encode() + b"\n")
     if args.plot is not None:
-        plot(run, args.plot, f"{kind}: {run.parameters:,} parameters, validation loss {losses['val']:.4f}")
+        plot(run, args.plot, f"{recipe.name}: {run.parameters:,} parameters, validation loss {losses['val']:.4f}")
     return 130 if stop.asked else 0
 
 
@@ -591,16 +628,10 @@ def find_device(name: str) -> torch.device:
 
 
 def resume(
-    path: Path,
-    kind: str,
-    given: dict[str, Any],
-    vocabulary: Vocabulary,
-    data: str,
-    build: Build,
-    device: torch.device,
+    recipe: Recipe, path: Path, given: dict[str, Any], vocabulary: Vocabulary, data: str, device: torch.device
 ) -> Run:
     """The run that a checkpoint holds, or InputError where it does not belong to this data and these flags."""
-    tensors, metadata = load_checkpoint(path, kind)
+    tensors, metadata = load_checkpoint(path, recipe.name)
     try:
         config = Config(**json.loads(metadata["config"]))
         if metadata["vocabulary"] != vocabulary.characters:
@@ -618,7 +649,7 @@ def resume(
             raise InputError(
                 f"the checkpoint {path} has already taken {done:,} steps, more than --steps {config.steps:,}"
             )
-        run = Run.new(config, vocabulary, build, device)
+        run = Run.new(recipe, config, vocabulary, device)
         restore(run, tensors, metadata)
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise InputError(f"the checkpoint {path} is damaged: {str(error).splitlines()[-1].strip()}") from None

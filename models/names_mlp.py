@@ -27,5 +27,7 @@ def build(config: names.Config, vocabulary: int, generator: torch.Generator) -> 
     )
 
 
+RECIPE = names.Recipe("names_mlp", __doc__, build, options=("unbiased",))
+
 if __name__ == "__main__":
-    sys.exit(names.main("names_mlp", __doc__, build, names.Config()))
+    sys.exit(names.main(RECIPE))

@@ -37,7 +37,7 @@ def script(*arguments: object) -> subprocess.CompletedProcess[str]:
 
 def run(*arguments: object) -> int:
     """Run names_mlp in this process; the exit code."""
-    return names.main("names_mlp", "", names_mlp.build, names.Config(), [str(argument) for argument in arguments])
+    return names.main(names_mlp.RECIPE, [str(argument) for argument in arguments])
 
 
 def test_a_short_run_reports_everything_it_promises(tmp_path: Path) -> None:
@@ -88,8 +88,7 @@ def test_kill_and_resume_end_where_an_uninterrupted_run_ends(tmp_path: Path, dat
     arguments = ["--data", str(data), "--steps", "4000", "--samples", "3"]
     assert run(*arguments, "--save", tmp_path / "whole") == 0
     eager_to_save = (
-        "import sys, names, names_mlp; names.SAVE_EVERY = 0.0;"
-        "sys.exit(names.main('names_mlp', '', names_mlp.build, names.Config(), sys.argv[1:]))"
+        "import sys, names, names_mlp; names.SAVE_EVERY = 0.0;sys.exit(names.main(names_mlp.RECIPE, sys.argv[1:]))"
     )
     path, step, kills = tmp_path / "killed", 0, 0
     while step < 4000 and kills < 4:

@@ -14,7 +14,9 @@ import handgrad
 PACKAGE = Path(handgrad.__file__).parent
 SOURCES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py"))
 AUTOGRAD_ALLOWED = ("testing/", "bridge.py", "bench/")
-WORDS = re.compile(r"requires_grad|autograd|aten|torch\.ops|(torch|functional)\.\w*_backward|\.backward\(\)|retain_grad")
+WORDS = re.compile(
+    r"requires_grad|autograd|aten|torch\.ops|(torch|functional)\.\w*_backward|\.backward\(\)|retain_grad"
+)
 
 
 def imports(path: str) -> set[str]:

@@ -91,6 +91,8 @@ class BatchNorm1d(Layer):
             square = diff * diff
             memory = scratch(square)
             var = square.mean(dims)  # (C,)
+            if n == 0:
+                var = torch.zeros_like(var)  # not 0/0: what no rows send back is nothing, not NaN
             m = n
             if self.unbiased:
                 m = n - 1

@@ -93,7 +93,8 @@ def _by_hand(model: Any, loss: Any, x: Any, target: Any) -> Gradients:
 
         def noting(*args: Any, **kwargs: Any) -> Any:
             dx = backward(*args, **kwargs)
-            uses[path].append(dx if isinstance(dx, Tensor) else None)
+            first = dx[0] if isinstance(dx, tuple) else dx  # of several inputs the first, as for autograd below
+            uses[path].append(first if isinstance(first, Tensor) else None)
             return dx
 
         layer.backward = noting

@@ -1,0 +1,246 @@
+"""`check_layer` and `check_loss`: every property of one layer, in one line."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import hypothesis
+import torch
+from hypothesis import HealthCheck, Phase
+from hypothesis.errors import Flaky, Unsatisfiable
+
+from handgrad.errors import ArgumentError
+from handgrad.testing import judge, subject
+from handgrad.testing.errors import CheckError, CheckFailure, ContractError, LayerCrash, VacuousCheck
+from handgrad.testing.plan import Plan, plan_of
+from handgrad.testing.properties.values import is_refusal
+from handgrad.testing.report import PropertyReport, Report, failure_text
+from handgrad.testing.sample import PROPERTIES, NotApplicable, Sample
+from handgrad.testing.sensitivity import plant
+from handgrad.testing.strategies import samples
+
+# Examples of each property at hypothesis' default of max_examples=100; profiles scale them.
+EXAMPLES = {"gradients": 60, "edges": 25, "special": 30, "dtypes": 25, "layouts": 10, "plumbing": 5}
+OTHERS = 15
+KEPT = 12  # samples of a property that the planted faults are tried on
+
+
+def check_layer(
+    make: Callable[..., Any],
+    x: str | Sequence[Any],
+    *,
+    options: Mapping[str, Any] | None = None,
+    sizes: Mapping[str, tuple[int, int]] | None = None,
+    ranges: Mapping[str, tuple[float, float]] | None = None,
+    reference: Callable[..., Any] | None = None,
+    module: Callable[..., torch.nn.Module] | None = None,
+    kinks: Mapping[float, float] | None = None,
+    distinct: bool = False,
+    oracle: str = "autograd",
+    skip: Mapping[str, str] | None = None,
+    examples: int | None = None,
+    reproduce: str | None = None,
+) -> Report:
+    """Prove a layer's backward: draw sizes, parameters, inputs and douts, and check every property P1 to P14.
+
+    make        the class or a function that makes the layer. Its arguments are sizes (names that x mentions, or any
+                capitalised name) and options.
+    x           the input, or a list with one entry for each input of forward (a tuple of entries where that input is
+                a tuple), by its dimensions: ``"*N D"`` any number
+                of leading dimensions and one of size D, ``"N T < V"`` integers below V; `handgrad.testing.SYNTAX`.
+    options     values, or hypothesis strategies, for other arguments of make: ``{"bias": [True, False]}``.
+    sizes       from and to, where a size cannot be 1 to 4, or a star 0 to 3 dimensions: ``{"L": (3, 6)}``.
+    ranges      from and to, where a parameter cannot take any value: ``{"temperature": (0.5, 2)}``.
+    reference   the same function by other means: of the inputs, or of the layer and the inputs if its first argument
+                is called `layer`. It also catches a wrong forward.
+    module      like make, but makes the equal torch.nn.Module; its buffers are compared, too.
+    kinks       where an elementwise function has none or two slopes, and which one backward gives: ``{0.0: 0.0}``.
+    distinct    draw no two equal numbers in one input (maxima, sorting).
+    oracle      "differences" to judge by finite differences, for a forward that hides from autograd.
+    skip        properties not to check, each with the reason; also "sensitivity", and "differences" where the gradient
+                is by definition not the slope (a padding row), so that finite differences must not police the oracle.
+    examples    of the gradients property (60 by default); the others follow in proportion, as they do with
+                the max_examples of the hypothesis profile.
+    reproduce   what a failure printed: runs just that example.
+
+    Returns a Report. Raises GradientMismatch, OutputMismatch, ContractError or LayerCrash (all of them
+    CheckFailure and AssertionError) where the layer is wrong, with the smallest example found; VacuousCheck or
+    OracleError (CheckError) where the check is; ArgumentError where it is asked for something impossible.
+
+    >>> from handgrad import Tanh
+    >>> report = check_layer(Tanh, x="*N", reference=torch.tanh)
+    >>> report.oracle
+    'reference'
+    """
+    __tracebackhide__ = True
+    if oracle not in ("autograd", "differences"):
+        raise ArgumentError(f"oracle must be 'autograd' or 'differences', got {oracle!r}")
+    plan = plan_of(
+        make,
+        x,
+        options=options or {},
+        sizes=sizes or {},
+        ranges=ranges or {},
+        reference=reference,
+        module=module,
+        kinks=kinks or {},
+        differences=oracle == "differences",
+        distinct=distinct,
+    )
+    return check_plan(plan, skip or {}, examples, reproduce)
+
+
+def check_loss(make: Callable[..., Any], x: str, target: str, **what: Any) -> Report:
+    """Prove a loss's backward: as `check_layer`, for a Loss with a second input that has no gradient.
+
+    Beside the properties of a layer, `backward()` without an argument must equal backward of 1 for a scalar loss.
+
+    >>> from handgrad import CrossEntropy
+    >>> report = check_loss(CrossEntropy, x="N C", target="N < C", reference=torch.nn.functional.cross_entropy)
+    """
+    __tracebackhide__ = True
+    return check_layer(make, [x, target], **what)
+
+
+def check_plan(plan: Plan, skip: Mapping[str, str], examples: int | None, reproduce: str | None) -> Report:
+    """`check_layer` of a Plan."""
+    __tracebackhide__ = True
+    for name, reason in skip.items():
+        if name not in (*PROPERTIES, "sensitivity", "differences"):
+            known = ", ".join([*PROPERTIES, "sensitivity", "differences"])
+            raise ArgumentError(f"skip: no property {name!r}; there are {known}")
+        if not reason.strip():
+            raise ArgumentError(f"skip: {name} needs a reason, which the report prints")
+    chosen = re.fullmatch(r"(\w+) (\S+)", reproduce) if reproduce else None
+    if reproduce and (chosen is None or chosen[1] not in PROPERTIES):
+        raise ArgumentError(f"reproduce must be what a failure printed, got {reproduce!r}")
+    report = Report(getattr(plan.make, "__name__", "layer"))
+    kept: dict[str, list[Sample]] = {}
+    for name in sorted(PROPERTIES, key=lambda n: PROPERTIES[n].number):
+        if chosen is not None and name != chosen[1]:
+            continue
+        if name in skip:
+            report.properties.append(PropertyReport(name, note=f"skipped: {skip[name]}"))
+            continue
+        runner = _Runner(plan, name, examples, chosen[2] if chosen else None, "differences" not in skip)
+        report.properties.append(runner.run())
+        kept[name] = runner.kept
+        if runner.first is not None and name == "gradients":
+            report.subject = type(subject.unwrap(runner.first.layer)).__name__
+            report.oracle = runner.first.truth.source
+    if chosen is None and "sensitivity" not in skip:
+        report.faults = plant(kept, skip)
+    elif "sensitivity" in skip:
+        report.faults = {"all": f"skipped: {skip['sensitivity']}"}
+    return report
+
+
+class _Runner:
+    """One property, run by hypothesis."""
+
+    def __init__(self, plan: Plan, name: str, examples: int | None, blob: str | None, policed: bool) -> None:
+        self.plan, self.name, self.blob, self.policed = plan, name, blob, policed
+        self.report = PropertyReport(name)
+        self.kept: list[Sample] = []
+        self.first: Sample | None = None
+        self.keys: set[int] = set()
+        self.failing: Sample | None = None  # the latest, in the end the smallest
+        self.rich: Sample | None = None  # the one with most elements, which tells more
+        share = EXAMPLES.get(name, OTHERS) / EXAMPLES["gradients"]
+        profile = hypothesis.settings().max_examples
+        self.examples = max(2, round(share * (examples or EXAMPLES["gradients"] * profile / 100)))
+
+    def run(self) -> PropertyReport:
+        """Run it; raises what the failing example raises, with everything known about it."""
+        __tracebackhide__ = True
+        start = time.perf_counter()
+        failure: CheckError | CheckFailure | None = None
+        with judge.tallying() as tally:
+            try:
+                self._hypothesis()
+            except Unsatisfiable:
+                failure = VacuousCheck(
+                    f"{self.name}: the layer refused every input drawn, so nothing was checked; give sizes= it takes"
+                )
+            except Flaky as error:
+                failure = ContractError(
+                    f"{self.name}: the layer gave different results for the same inputs and the same seed, so it draws "
+                    f"from somewhere else than torch's generator or its own ({error})"
+                )
+            except CheckFailure as error:
+                failure = type(error)(
+                    failure_text(error, self.name, self.failing, self.rich, self._again(error)), **error.details
+                )
+                failure.__cause__ = error.__cause__
+            except CheckError as error:
+                failure = error
+                failure.__notes__ = []  # type: ignore[attr-defined]
+        if failure is not None:
+            raise failure from failure.__cause__
+        if self.report.examples:
+            self.report.note = ""
+        self.report.elements, self.report.worst = tally.elements, tally.worst
+        self.report.distinct = len(self.keys)
+        self.report.seconds = time.perf_counter() - start
+        self._refuse_vacuous()
+        return self.report
+
+    def _hypothesis(self) -> None:
+        @hypothesis.settings(
+            max_examples=self.examples,
+            deadline=None,
+            database=None,
+            print_blob=True,
+            report_multiple_bugs=False,
+            suppress_health_check=list(HealthCheck),
+            phases=(Phase.explicit, Phase.generate, Phase.shrink),
+        )
+        @hypothesis.given(samples(self.plan, edges=self.name == "edges", special=self.name == "special"))
+        def run(sample: Sample) -> None:
+            self._one(sample)
+
+        if self.blob is not None:
+            run = hypothesis.reproduce_failure(hypothesis.__version__, self.blob.encode())(run)
+        run()
+
+    def _one(self, sample: Sample) -> None:
+        sample = sample if self.policed else replace(sample, policed=False)
+        try:
+            PROPERTIES[self.name].check(sample)
+        except NotApplicable as reason:  # to this example; perhaps to another one
+            self.report.note = f"does not apply: {reason}"
+            return
+        except CheckFailure as failure:
+            if isinstance(failure, LayerCrash) and is_refusal(sample.layer, failure.details["inputs"], failure):
+                hypothesis.reject()  # a row too few for the mode that this property needs
+            self.failing = sample
+            if self.rich is None or sum(map(torch.numel, sample.douts)) > sum(map(torch.numel, self.rich.douts)):
+                self.rich = sample
+            raise
+        self.report.examples += 1
+        self.keys.add(sample.key())
+        self.first = self.first or sample
+        if len(self.kept) < KEPT:
+            self.kept.append(sample)
+
+    def _again(self, error: CheckFailure) -> str:
+        """How to run the failing example again: hypothesis notes it on the error."""
+        notes = "\n".join(getattr(error, "__notes__", []))
+        blob = re.search(r"reproduce_failure\([^,]+, b'([^']+)'\)", notes)
+        return f'to run just this example: add reproduce="{self.name} {blob[1]}" to the call' if blob else ""
+
+    def _refuse_vacuous(self) -> None:
+        if self.report.note or self.blob is not None:
+            return
+        if self.report.elements == 0:
+            raise VacuousCheck(f"{self.name}: {self.report.examples} examples ran and nothing was compared in them")
+        wanted = min(self.report.examples, 1 + self.examples // 5)
+        if self.report.distinct < wanted:
+            raise VacuousCheck(
+                f"{self.name}: only {self.report.distinct} of {self.report.examples} examples were different ones; "
+                "does something reseed or fix what is drawn?"
+            )

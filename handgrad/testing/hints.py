@@ -1,0 +1,165 @@
+"""Cheap tests that guess what a wrong gradient lacks. Each is tried on the failing example, and may be silent."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from handgrad.testing import calls, judge, subject
+from handgrad.testing.errors import CheckFailure
+from handgrad.testing.sample import Sample
+
+
+def hints(s: Sample, details: dict[str, Any]) -> list[str]:
+    """What the failure looks like, in words; the most telling first."""
+    got, want = details.get("got"), details.get("want")
+    found: list[str] = []
+    if isinstance(got, Tensor) and isinstance(want, Tensor) and got.is_floating_point():
+        if got.shape == want.shape:
+            if details.get("property") == "accumulation":
+                found += _overwritten(s, details)
+            else:
+                found += [*_special(s, got, want), *_ratio(s, got, want), *_last_use(s, details)]
+                found += [*_difference(got, want), *_proportional(s, got, want)]
+        else:
+            found += _shape(got, want)
+    elif isinstance(want, Tensor) and got is None and details.get("tensor") in subject.parameters(s.layer):
+        found.append("backward never adds to it: add_grad(parameter, gradient)")
+    if details.get("property") == "gradients":
+        found += _passes_when(s, details)
+    return list(dict.fromkeys(found))
+
+
+def _special(s: Sample, got: Tensor, want: Tensor) -> Iterator[str]:
+    if not torch.isfinite(got).all() and torch.isfinite(want).all():
+        yield "not finite where the right gradient is"
+    elif judge.largest(got) == 0 and judge.largest(want) > 0:
+        yield "backward gives zeros everywhere"
+    elif got.dim() == 2 and got.shape[0] == got.shape[1] and got.shape[0] > 1 and _near(got.t(), want):
+        yield "it is the transpose of the right one"
+    for name, dout in calls.named("dout", s.douts).items():
+        if dout.shape == got.shape and _near(got, dout) and not _near(want, dout):
+            yield f"it equals {name}: as if the layer were the identity"
+
+
+def _ratio(s: Sample, got: Tensor, want: Tensor) -> Iterator[str]:
+    """A constant factor between the two, and what it equals."""
+    clear = want.abs() > 1e-6 * max(judge.largest(want), 1e-12)
+    if int(clear.sum()) < 2 or not _near(got[~clear], want[~clear]):
+        return
+    ratios = got[clear] / want[clear]
+    ratio = float(ratios.mean())
+    if not torch.isfinite(ratios).all() or judge.largest(ratios - ratio) > 1e-6 * abs(ratio) or abs(ratio - 1) < 1e-9:
+        return
+    if abs(ratio + 1) < 1e-9:
+        yield "the sign is wrong"
+        return
+    meanings = [name for name, value in _numbers(s).items() if abs(ratio - value) < 1e-6 * abs(value)]
+    text = f"it is {ratio:.6g} times the right one"
+    yield f"{text}; {' or '.join(meanings[:3])} is {ratio:.6g}" if meanings else text
+
+
+def _numbers(s: Sample) -> dict[str, float]:
+    """Numbers of the example that a factor may stem from: sizes, n - 1, their inverses, lone parameters."""
+    found: dict[str, float] = {}
+    for label, tensors in (("x", s.inputs), ("out", tuple(s.douts))):
+        for name, t in calls.named(label, tensors).items():
+            sizes = {f"{name}.shape[{i}]": n for i, n in enumerate(t.shape)}
+            sizes[f"{name}.numel()"] = t.numel()
+            for text, n in sizes.items():
+                if n > 1:
+                    found |= {text: n, f"1/({text})": 1 / n, f"{text} - 1": n - 1, f"1/({text} - 1)": 1 / (n - 1)}
+                    found |= {f"n/(n - 1) for n = {text}": n / (n - 1), f"(n - 1)/n for n = {text}": (n - 1) / n}
+    for name, p in subject.parameters(s.layer).items():
+        if p.numel() == 1 and float(p) != 0:
+            found |= {name: float(p), f"1/{name}": 1 / float(p), f"{name}^2": float(p) ** 2}
+    return {name: value for name, value in found.items() if value not in (0, 1)} | {"a factor 2": 2.0, "1/2": 0.5}
+
+
+def _difference(got: Tensor, want: Tensor) -> Iterator[str]:
+    """Where the two differ, and whether a mean or a sum is missing."""
+    off = got - want
+    bad = off.abs() > 1e-9 * max(judge.largest(want), 1e-3)
+    for dim in range(got.dim()):
+        size = got.shape[dim]
+        if size < 2 or not bad.any():
+            continue
+        flat = bad.movedim(dim, 0).reshape(size, -1)
+        spread = off - off.mean(dim, keepdim=True)
+        if judge.largest(spread) < 1e-9 * judge.largest(off):
+            yield f"it is off by the same amount all along dimension {dim}: a sum or mean over it is missing"
+        hit = flat.any(1)
+        if int(hit.sum()) == 1 and size > 2:
+            yield f"it is wrong only at index {int(hit.nonzero()[0])} of dimension {dim}"
+
+
+def _proportional(s: Sample, got: Tensor, want: Tensor) -> Iterator[str]:
+    """Whether the error is x or out, times a factor a row: the shape of a forgotten path through a reduction."""
+    off = got - want
+    for name, base in {**s.result.outs, **calls.named("x", s.inputs)}.items():
+        if base.shape != off.shape or not base.is_floating_point() or not off.dim() or judge.largest(off) == 0:
+            continue
+        for dim in range(off.dim()):
+            if off.shape[dim] < 2:
+                continue
+            squares = (base * base).sum(dim, keepdim=True).clamp(min=1e-300)
+            factor = (off * base).sum(dim, keepdim=True) / squares
+            if judge.largest(off - factor * base) < 1e-9 * judge.largest(off):
+                yield f"it is off by a multiple of {name} along dimension {dim}: a path through a sum is missing"
+
+
+def _overwritten(s: Sample, details: dict[str, Any]) -> Iterator[str]:
+    """Whether only one backward's gradient is there."""
+    alone = s.result.grads.get(details["tensor"])
+    if alone is not None and _near(details["got"], alone):
+        yield "it holds the latest gradient alone: backward assigns .grad where it must add (add_grad does)"
+
+
+def _last_use(s: Sample, details: dict[str, Any]) -> Iterator[str]:
+    """With equal indices, whether only their last use arrived."""
+    integers = [x for x in s.inputs if not x.is_floating_point() and x.dtype is not torch.bool]
+    name, got = details["tensor"], details["got"]
+    if not integers or len(s.douts) != 1 or name not in s.truth.result.grads:
+        return
+    x, dout = integers[0], s.douts[0]
+    if dout.shape[: x.dim()] != x.shape:
+        return
+    flat, rows = x.flatten(), dout.reshape(x.numel(), -1)
+    last = torch.tensor([bool((flat[i + 1 :] != flat[i]).all()) for i in range(len(flat))])
+    only_last = (rows * last.unsqueeze(1)).view(dout.shape)
+    truth = s.oracle.truth(s.layer, s.inputs, (only_last,), s.seed).result.grads[name]
+    if truth is not None and _near(got, truth):
+        yield "of equal indices only the last one arrived: add them up (index_add_), do not assign"
+
+
+def _shape(got: Tensor, want: Tensor) -> Iterator[str]:
+    if got.dim() == 2 and got.shape == want.t().shape:
+        yield "it is transposed"
+    elif got.numel() == want.numel():
+        yield f"the elements are as many: a reshape to {tuple(want.shape)} is missing"
+    elif got.dim() >= want.dim():
+        yield f"x was broadcast on the way to out, so its gradient must be summed back to {tuple(want.shape)}"
+
+
+def _passes_when(s: Sample, details: dict[str, Any]) -> Iterator[str]:
+    """Whether the failure goes away for plain parameters: then backward forgets that parameter."""
+    for name, param in subject.parameters(s.layer).items():
+        for value in (1.0, 0.0):
+            if param.numel() == 0 or bool((param == value).all()):
+                continue
+            twin = s.copy()
+            subject.parameters(twin)[name].fill_(value)
+            try:
+                other = s.with_layer(twin)
+                got, want = other.result.grads[details["tensor"]], other.truth.result.grads[details["tensor"]]
+            except (CheckFailure, KeyError):
+                continue
+            if got is not None and want is not None and judge.largest(want) > 0 and _near(got, want):
+                yield f"it is right when {name} = {value:g}: the formula misses {name} there"
+
+
+def _near(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and judge.largest(a - b) <= 1e-9 * max(judge.largest(b), 1e-3)

@@ -1,0 +1,246 @@
+"""Where the right gradients come from: a reference, autograd through the layer's own forward, or differences.
+
+Finite differences are the one oracle that no bug in a backward or in a detach can fool, and the least precise. So
+they police the two others, and judge alone where a forward leaves autograd nothing to follow (numpy inside, detach).
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from handgrad.testing import calls, judge, subject
+from handgrad.testing.errors import LayerCrash, OracleError, OutputMismatch
+
+DIRECTIONS = 3
+STEP = 1e-5  # times max(1, |x|): the rounding of f / h and the error h^2 f''' are then about equal in float64
+
+Call = Callable[..., tuple[Tensor, ...]]
+
+
+@dataclass(frozen=True)
+class Truth:
+    """The right outputs, gradients and buffers, and who says so."""
+
+    result: calls.Result
+    source: str
+    uncertainty: dict[str, Tensor] = field(default_factory=dict)  # of finite differences, by gradient
+
+    def limit(self, share: float, douts: tuple[Tensor, ...]) -> judge.Limit:
+        """`judge.within`, widened to what the oracle itself can tell."""
+        exact = judge.within(share if self.source != "finite differences" else judge.AGAINST_DIFFERENCES, douts)
+        return lambda name, got, want: exact(name, got, want) + self.uncertainty.get(name, 0)
+
+
+@dataclass(frozen=True)
+class Oracle:
+    """How to find the right gradients of one layer object.
+
+    `reference` is a function of the inputs, or of the layer and the inputs if its first argument is called `layer`;
+    `module` makes an equal torch.nn.Module, which is given the layer's parameters, buffers and mode. With neither, the
+    layer's own forward serves, and a wrong forward goes unnoticed. `differences=True` asks for finite differences.
+    """
+
+    reference: Callable[..., Any] | None = None
+    module: Callable[[], torch.nn.Module] | None = None
+    differences: bool = False
+
+    @property
+    def independent(self) -> bool:
+        """Whether it can also notice a wrong forward."""
+        return self.reference is not None or self.module is not None
+
+    @property
+    def keeps_buffers(self) -> bool:
+        """Whether it says what the buffers must be."""
+        return self.module is not None
+
+    def truth(self, layer: Any, inputs: tuple[Any, ...], douts: tuple[Tensor, ...], seed: int = 0) -> Truth:
+        """The right result for these inputs and this dout."""
+        if not self.differences:
+            found = self._autograd(layer, inputs, douts, seed)
+            if found is not None:
+                source = "reference" if self.independent else "autograd through forward"
+                return Truth(found, source)
+        return self._differences(layer, inputs, douts, seed)
+
+    def police(self, layer: Any, inputs: tuple[Any, ...], douts: tuple[Tensor, ...], truth: Truth, seed: int) -> None:
+        """Raise OracleError where finite differences in random directions contradict the gradients in `truth`."""
+        if truth.source == "finite differences":
+            return
+        at = self._at(layer, inputs, seed)
+        generator = torch.Generator().manual_seed(seed + 1)
+        for _ in range(DIRECTIONS):
+            direction = {
+                k: torch.randn(v.shape, generator=generator, dtype=v.dtype) * v.abs().clamp(min=1)
+                for k, v in at.leaves.items()
+            }
+            slope, uncertainty = at.slope(direction, douts)
+            grads = {k: g for k, g in truth.result.grads.items() if g is not None}
+            told = sum((float((grads[k] * direction[k]).sum()) for k in grads), 0.0)
+            if not math.isfinite(slope):  # a loss of NaN (every row ignored) has no slope to compare
+                continue
+            size = sum((float((grads[k] * direction[k]).abs().sum()) for k in grads), 1e-3)
+            if not abs(slope - told) <= judge.AGAINST_DIFFERENCES * size + uncertainty:
+                raise OracleError(
+                    f"{truth.source} contradicts finite differences of the same function: the slope in a random "
+                    f"direction is {slope:.9g}, the gradients say {told:.9g} (uncertain by {uncertainty:.2g}). "
+                    "Nothing is said about backward. Either part of forward is hidden from autograd (detach, .data, "
+                    "numpy: check with oracle='differences'), or it has a kink there (declare it with kinks=), or the "
+                    "reference is wrong."
+                )
+
+    def bind(self, layer: Any) -> tuple[Call, Any]:
+        """The oracle's forward as a function of the inputs, and the object that holds its parameters and buffers."""
+        layer = subject.honest(layer)
+        if self.module is not None:
+            module = self._module(layer)
+            return lambda *inputs: subject.flatten(module(*subject.pack(layer, inputs))), module
+        twin = subject.clone(layer)
+        if self.reference is None:
+            return lambda *inputs: calls.forward(twin, inputs), twin
+        reference, takes_layer = self.reference, next(iter(_names(self.reference)), "") == "layer"
+
+        def call(*inputs: Any) -> tuple[Tensor, ...]:
+            packed = subject.pack(layer, inputs)
+            return subject.flatten(reference(subject.unwrap(twin), *packed) if takes_layer else reference(*packed))
+
+        return call, twin
+
+    def _module(self, layer: Any) -> torch.nn.Module:
+        assert self.module is not None
+        module = self.module()
+        state = {**subject.parameters(layer), **subject.buffers(layer)}
+        for dtype in {t.dtype for t in state.values() if t.is_floating_point()}:
+            module = module.to(dtype)
+        try:
+            module.load_state_dict(state)
+        except RuntimeError as error:
+            raise OracleError(f"module= must have the layer's parameters and buffers under the same names: {error}")  # noqa: B904
+        return module.train(getattr(layer, "training", True))
+
+    def _autograd(
+        self, layer: Any, inputs: tuple[Any, ...], douts: tuple[Tensor, ...], seed: int
+    ) -> calls.Result | None:
+        """What autograd says, or None where forward leaves it nothing to follow."""
+        leaves = {n: x.detach().clone().requires_grad_() for n, x in calls.differentiable(layer, inputs).items()}
+        call, owner = self.bind(layer)
+        params = {name: p.requires_grad_() for name, p in subject.parameters(owner).items() if p.is_floating_point()}
+        wanted = {**leaves, **params}
+        with subject.private_rng(seed), torch.enable_grad():
+            try:
+                outs = call(*_replace(layer, inputs, leaves))
+                _same_shapes(outs, douts)
+                tracked = [(o, d) for o, d in zip(outs, douts) if o.requires_grad]
+                grads = (
+                    torch.autograd.grad(
+                        [o for o, _ in tracked], list(wanted.values()), [d for _, d in tracked], allow_unused=True
+                    )
+                    if tracked and wanted
+                    else [None] * len(wanted)
+                )
+            except (RuntimeError, TypeError, LayerCrash):
+                if self.independent:
+                    raise
+                return None
+        found = dict(zip(wanted, grads))
+        if not self.independent:
+            silent = [name for name, grad in found.items() if grad is None]
+            if silent and self._hidden(layer, inputs, douts, silent, seed):
+                return None
+        for name, leaf in leaves.items():
+            found[name] = torch.zeros_like(leaf) if found[name] is None else found[name]
+        kept = {n: found.get(n) for n in [*leaves, *subject.parameters(layer)]}
+        return calls.Result(
+            calls.named("out", tuple(o.detach() for o in outs)), kept, calls.copies(subject.buffers(owner))
+        )
+
+    def _hidden(
+        self, layer: Any, inputs: tuple[Any, ...], douts: tuple[Tensor, ...], silent: list[str], seed: int
+    ) -> bool:
+        """Whether one of the tensors that autograd found no path to does move the outputs."""
+        at = self._at(layer, inputs, seed)
+        moved = {k: torch.where(v >= 0, 1.0, -1.0).to(v) for k, v in at.leaves.items() if k in silent}
+        slope, uncertainty = at.slope(moved, douts) if moved else (0.0, 0.0)
+        return abs(slope) > uncertainty + 1e-9
+
+    def _at(self, layer: Any, inputs: tuple[Any, ...], seed: int) -> _Point:
+        return _Point(self, layer, inputs, seed)
+
+    def _differences(self, layer: Any, inputs: tuple[Any, ...], douts: tuple[Tensor, ...], seed: int) -> Truth:
+        at = self._at(layer, inputs, seed)
+        grads: dict[str, Tensor | None] = {}
+        uncertain: dict[str, Tensor] = {}
+        for name, leaf in at.leaves.items():
+            grad, doubt = torch.zeros_like(leaf).flatten(), torch.zeros_like(leaf).flatten()
+            for i in range(leaf.numel()):
+                step = torch.zeros_like(grad)
+                step[i] = leaf.flatten()[i].abs().clamp(min=1)
+                slope, uncertainty = at.slope({name: step.view(leaf.shape)}, douts)
+                grad[i], doubt[i] = slope / step[i], uncertainty / float(step[i])
+            grads[name], uncertain[name] = grad.view(leaf.shape), doubt.view(leaf.shape)
+        call, owner = self.bind(layer)
+        with subject.private_rng(seed), torch.no_grad():
+            outs = calls.named("out", call(*inputs))
+        return Truth(calls.Result(outs, grads, calls.copies(subject.buffers(owner))), "finite differences", uncertain)
+
+
+class _Point:
+    """A layer at given inputs and parameters, as a function of steps away from them."""
+
+    def __init__(self, oracle: Oracle, layer: Any, inputs: tuple[Any, ...], seed: int) -> None:
+        self.oracle, self.layer, self.inputs, self.seed = oracle, layer, inputs, seed
+        self.dx = calls.differentiable(layer, inputs)
+        params = {name: p for name, p in subject.parameters(layer).items() if p.is_floating_point()}
+        self.leaves = {**self.dx, **params}
+
+    def slope(self, direction: dict[str, Tensor], douts: tuple[Tensor, ...]) -> tuple[float, float]:
+        """The derivative of sum(dout * out) along `direction`, and how uncertain it is.
+
+        Half the step must give the same slope, and half the difference between the two sides; what is missing to
+        that (curvature, a kink between the points) makes the uncertainty.
+        """
+        f0, slopes, jumps = self._value({}, 0, douts), [], []
+        for h in (STEP, STEP / 2):
+            ahead, behind = self._value(direction, h, douts), self._value(direction, -h, douts)
+            slopes.append((ahead - behind) / (2 * h))
+            jumps.append((ahead - 2 * f0 + behind) / h)
+        noise = 1e-15 * (abs(f0) + 1) / STEP
+        uncertainty = 8 * abs(slopes[0] - slopes[1]) + 2 * abs(2 * jumps[1] - jumps[0]) + 100 * noise
+        return slopes[1], uncertainty
+
+    def _value(self, direction: dict[str, Tensor], h: float, douts: tuple[Tensor, ...]) -> float:
+        moved = {name: x + h * direction[name] for name, x in self.dx.items() if name in direction}
+        layer = subject.clone(self.layer)
+        for name, param in subject.parameters(layer).items():
+            if name in direction:
+                param.data = param.data + h * direction[name]
+        call, _ = self.oracle.bind(layer)
+        with subject.private_rng(self.seed), torch.no_grad():
+            return sum(
+                float((out * dout).sum()) for out, dout in zip(call(*_replace(layer, self.inputs, moved)), douts)
+            )
+
+
+def _replace(layer: Any, inputs: tuple[Any, ...], new: dict[str, Tensor]) -> tuple[Any, ...]:
+    return tuple(new.get(name, x) for name, x in zip(calls.input_names(layer, inputs), inputs))
+
+
+def _same_shapes(outs: tuple[Tensor, ...], douts: tuple[Tensor, ...]) -> None:
+    """The reference must give outputs of the shapes that the layer gives."""
+    theirs, ours = [tuple(o.shape) for o in outs], [tuple(d.shape) for d in douts]
+    if theirs != ours:
+        raise OutputMismatch(f"forward gives outputs of shapes {ours}, the reference {theirs}")
+
+
+def _names(function: Callable[..., Any]) -> list[str]:
+    try:
+        return list(inspect.signature(function).parameters)
+    except (TypeError, ValueError):  # a builtin without a signature
+        return []

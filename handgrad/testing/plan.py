@@ -1,0 +1,123 @@
+"""What to draw: the sizes and inputs that ``check_layer(lambda V, D: Embedding(V, D), x="N T < V")`` names."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from handgrad.errors import ArgumentError
+from handgrad.testing import subject
+
+SYNTAX = """An input is described by its dimensions, in order. A name is a size: the same name is the same size
+everywhere, and is given to the constructor if it has an argument of that name. A number is itself; *N stands for 0 to
+3 dimensions. What may follow: "< V" integers from 0 to V-1; "> 0" positive numbers; "in 0 1" numbers from 0 to 1;
+"bool". Examples: "*N D", "N T < V", "N C *L", "N D in 0 1"."""
+
+
+@dataclass(frozen=True)
+class Input:
+    """One input of forward: its dimensions and the kind of its values."""
+
+    dims: tuple[str, ...]
+    kind: str = "real"  # real, index, positive, unit, bool
+    below: str = ""
+
+    @staticmethod
+    def parse(text: str) -> Input:
+        """Read the small language of `SYNTAX`."""
+        match = re.fullmatch(
+            r"\s*(?P<dims>(\*?\w+\s*)*?)(?P<tail><\s*(?P<below>\w+)|>\s*0|in\s+0\s+1|\bbool)?\s*", text
+        )
+        if not match:
+            raise ArgumentError(f"cannot read the input {text!r}.\n{SYNTAX}")
+        tail = match["tail"] or ""
+        kinds = {"": "real", "<": "index", ">": "positive", "i": "unit", "b": "bool"}
+        dims = tuple(match["dims"].split())
+        if sum(d.startswith("*") for d in dims) > 1:
+            raise ArgumentError(f"an input can have one *dimension, got {text!r}")
+        return Input(dims, kinds[tail[:1]], match["below"] or "")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that `check_layer` was told about the layer and its inputs; `strategies.samples` draws from it."""
+
+    make: Callable[..., Any]
+    inputs: tuple[Input, ...]
+    options: Mapping[str, Any] = field(default_factory=dict)
+    sizes: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    ranges: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    kinks: Mapping[float, float] = field(default_factory=dict)
+    reference: Callable[..., Any] | None = None
+    module: Callable[..., torch.nn.Module] | None = None
+    differences: bool = False
+    distinct: bool = False
+    form: Any = None  # the nesting of the inputs, where some are in tuples
+
+    @property
+    def arguments(self) -> tuple[str, ...]:
+        """The names that the constructor is called with."""
+        return _arguments(self.make, self)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Every size that has to be drawn, stars included, in order of appearance."""
+        named = [d for i in self.inputs for d in (*i.dims, i.below) if d and not d.isdigit()]
+        made = [n for n in (*self.arguments, *self._module_arguments) if n not in self.options]
+        return tuple(dict.fromkeys([*named, *made]))
+
+    @property
+    def _module_arguments(self) -> tuple[str, ...]:
+        return () if self.module is None else _arguments(self.module, self)
+
+    def build(self, drawn: Mapping[str, Any]) -> Any:
+        """Make the layer from drawn sizes and options."""
+        layer = self.make(**{name: drawn[name] for name in self.arguments})
+        return layer if self.form is None else subject.Packed(layer, self.form)
+
+    def build_module(self, drawn: Mapping[str, Any]) -> Callable[[], torch.nn.Module] | None:
+        """How to make the equal module from the same values."""
+        if self.module is None:
+            return None
+        module, arguments = self.module, {name: drawn[name] for name in self._module_arguments}
+        return lambda: module(**arguments)
+
+    def title(self, drawn: Mapping[str, Any]) -> str:
+        """The constructor call in words: ``BatchNorm1d with C=3, affine=True``."""
+        given = ", ".join(f"{name}={drawn[name]!r}" for name in self.arguments)
+        return given and f"made with {given}"
+
+
+def plan_of(make: Callable[..., Any], x: str | Sequence[Any], **what: Any) -> Plan:
+    """A Plan of the arguments of `check_layer`."""
+    texts = (x,) if isinstance(x, str) else tuple(x)
+    form = subject.form_of(texts)
+    form = form if any(isinstance(part, tuple) for part in form) else None
+    plan = Plan(make, tuple(Input.parse(text) for text in subject.flatten(texts)), form=form, **what)
+    for name in plan.arguments:
+        known = name in plan.options or name in {d for i in plan.inputs for d in (*i.dims, i.below)}
+        if not known and not name[0].isupper():
+            raise ArgumentError(
+                f"do not know what to give the constructor's argument {name!r}: name a size in x after it, list its "
+                f"values in options={{{name!r}: [...]}}, or pass a lambda that fills it in.\n{SYNTAX}"
+            )
+    return plan
+
+
+def _arguments(make: Callable[..., Any], plan: Plan) -> tuple[str, ...]:
+    dims = {d for i in plan.inputs for d in (*i.dims, i.below)}
+    try:
+        parameters = inspect.signature(make).parameters.values()
+    except (TypeError, ValueError):
+        return ()
+    positional = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    return tuple(
+        p.name
+        for p in parameters
+        if p.kind in positional and (p.default is p.empty or p.name in dims or p.name in plan.options)
+    )

@@ -1,0 +1,229 @@
+"""The properties that compare values with an oracle."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from handgrad.errors import HandgradError
+from handgrad.testing import calls, judge, subject
+from handgrad.testing.errors import ContractError, GradientMismatch, LayerCrash, OutputMismatch
+from handgrad.testing.oracle import Truth
+from handgrad.testing.sample import NotApplicable, Sample, prop
+
+F32 = torch.finfo(torch.float32).eps
+
+
+@prop(1, "gradients")
+def assert_gradients(s: Sample) -> None:
+    """The gradients of x and of every parameter: there, of the exact shape and dtype, and right.
+
+    The values are judged in float64, within 1e-9 of the tensor's scale. A backward that takes `need_dx` must give the
+    parameters the same gradients when dx is declined.
+    """
+    judge.judge(s.result.grads, s.truth.result.grads, s.truth.limit(judge.AGAINST_ORACLE, s.douts))
+    if s.policed:
+        s.oracle.police(s.layer, s.inputs, s.douts, s.truth, s.seed)
+    if getattr(subject.unwrap(s.layer), "takes_need_dx", False):
+        twin = s.copy()
+        with subject.private_rng(s.seed), torch.enable_grad():
+            calls.forward(twin, s.inputs)
+            calls.backward(twin, s.inputs, s.douts, need_dx=False)
+        own = {name: s.result.grads[name] for name in subject.parameters(twin)}
+        limit = judge.within(judge.SAME_CODE, s.douts)
+        judge.judge(calls.gradients(twin), own, limit, " when dx is declined (need_dx=False)")
+
+
+@prop(6, "linearity")
+def assert_linearity(s: Sample) -> None:
+    """The backward is linear in dout: it scales, it adds, and it sends an exact zero back as an exact zero."""
+    limit = judge.within(judge.AGAINST_ORACLE, s.douts)
+    base = s.result.grads
+    scaled = calls.run(s.layer, s.inputs, tuple(-2.5 * d for d in s.douts), s.seed).grads
+    judge.judge(scaled, _map(lambda g: -2.5 * g, base), limit, " for -2.5 dout (it must be -2.5 times that for dout)")
+    generator = torch.Generator().manual_seed(s.seed)
+    more = tuple(torch.randn(d.shape, dtype=d.dtype, generator=generator) for d in s.douts)
+    second = calls.run(s.layer, s.inputs, more, s.seed).grads
+    both = calls.run(s.layer, s.inputs, tuple(d + m for d, m in zip(s.douts, more)), s.seed).grads
+    sums = {name: _plus(g, second[name]) for name, g in base.items()}
+    judge.judge(both, sums, limit, " for the sum of two douts (it must be the sum of both)")
+    nothing = calls.run(s.layer, s.inputs, tuple(torch.zeros_like(d) for d in s.douts), s.seed).grads
+    zeros = _map(torch.zeros_like, base)
+    judge.judge(nothing, zeros, lambda name, got, want: torch.zeros_like(want), " for a dout of zeros (it must be 0)")
+
+
+@prop(8, "edges")
+def assert_edges(s: Sample) -> None:
+    """Sizes 0 and 1 work, with zero gradients where there is nothing; or are refused by name and shape."""
+    try:
+        result = s.result
+    except LayerCrash as crash:
+        if is_refusal(s.layer, s.inputs, crash):
+            judge.note(1)
+            return
+        raise
+    if all(d.numel() == 0 for d in s.douts):
+        zeros = {n: torch.zeros_like(t) for n, t in (calls.differentiable(s.layer, s.inputs) | _params(s)).items()}
+        exactly = " for an output without elements (it must be exact zeros)"
+        judge.judge(result.grads, zeros, lambda name, got, want: torch.zeros_like(want), exactly)
+    else:
+        judge.judge(result.grads, s.truth.result.grads, s.truth.limit(judge.AGAINST_ORACLE, s.douts))
+    for name, value in result.buffers.items():
+        if not torch.isfinite(value.double()).all():
+            raise OutputMismatch(f"buffer {name} is not finite after forward: {judge.describe(value)}", tensor=name)
+    judge.note(1)
+
+
+def is_refusal(layer: Any, inputs: tuple[Any, ...], crash: LayerCrash) -> bool:
+    """Whether forward refused a size of 0 or 1 as it should: a ValueError that names the layer and the shape."""
+    cause, tensors = crash.__cause__, [x for x in inputs if isinstance(x, Tensor)]
+    if not isinstance(cause, (HandgradError, ValueError)) or min((d for x in tensors for d in x.shape), default=2) > 1:
+        return False
+    layer = subject.unwrap(layer)
+    layers = [inner for _, inner in layer.named_layers()] if hasattr(layer, "named_layers") else [layer]
+    named = any(type(inner).__name__ in str(cause) for inner in layers)
+    return named and re.search(r"\((\d+,|\d+(, \d+)+)?\)", str(cause)) is not None  # a shape
+
+
+@prop(9, "dtypes")
+def assert_dtypes(s: Sample) -> None:
+    """In float32 everything stays float32, and is as near to the float64 truth as autograd's float32 is.
+
+    err32(by hand) may be 4 err32(autograd) + 16 eps32 S, both against the oracle in float64; 1e-3 S where finite
+    differences judge.
+    """
+    layer, inputs, douts = subject.cast(s.copy(), torch.float32), _to(s.inputs), _to(s.douts)
+    got = calls.run(layer, inputs, douts, s.seed)
+    for name, tensor in {**got.outs, **got.buffers, **got.grads}.items():
+        before = dict(subject.buffers(layer)).get(name)
+        wanted = torch.float32 if before is None else before.dtype
+        if tensor is not None and tensor.is_floating_point() and tensor.dtype is not wanted:
+            raise ContractError(f"{name} is {tensor.dtype} in a layer of {wanted}", tensor=name)
+    truth, noise = _rounding(s, layer, inputs, douts)
+    want = {**truth.result.outs, **truth.result.grads}
+    ours = {n: None if t is None else t.to(torch.float64) for n, t in {**got.outs, **got.grads}.items()}
+    text = " in float32 (allowed: 4 times autograd's own float32 error + 16 eps)"
+    try:
+        judge.judge(ours, want, _float32_limit(noise, douts), text)
+    except GradientMismatch:
+        # One run of autograd may have been lucky in its rounding. Its neighbours tell how unlucky it can be.
+        generator = torch.Generator().manual_seed(s.seed)
+        for _ in range(8):
+            twin = subject.clone(layer)
+            for param in subject.parameters(twin).values():
+                param.data = _near(param, generator)
+            near = [tuple(_near(t, generator) for t in tensors) for tensors in (inputs, douts)]
+            for name, value in _rounding(s, twin, *near)[1].items():
+                noise[name] = max(noise.get(name, 0.0), value)
+        judge.judge(ours, want, _float32_limit(noise, douts), text)
+
+
+def _rounding(
+    s: Sample, layer: Any, inputs: tuple[Any, ...], douts: tuple[Tensor, ...]
+) -> tuple[Truth, dict[str, float]]:
+    """The float64 truth for float32 tensors, and how far the oracle in float32 is from it, by tensor."""
+    truth = s.oracle.truth(subject.cast(subject.clone(layer), torch.float64), _up(inputs), _up(douts), s.seed)
+    if truth.source == "finite differences":
+        return truth, {}
+    rounded = s.oracle.truth(layer, inputs, douts, s.seed).result
+    exact = {**truth.result.outs, **truth.result.grads}
+    errors = {n: (t, exact[n]) for n, t in {**rounded.outs, **rounded.grads}.items()}
+    return truth, {n: judge.largest(t.to(w) - w) for n, (t, w) in errors.items() if t is not None and w is not None}
+
+
+def _float32_limit(noise: dict[str, float], douts: tuple[Tensor, ...]) -> judge.Limit:
+    dout = max((judge.largest(d) for d in douts), default=0.0)
+
+    def limit(name: str, got: Tensor, want: Tensor) -> Tensor:
+        scale = max(judge.largest(want), 1e-3 * dout)
+        allowed = 4 * noise[name] + 16 * F32 * scale + F32 * F32 if name in noise else 1e-3 * scale
+        return torch.full_like(want, allowed)
+
+    return limit
+
+
+def _near(x: Tensor, generator: torch.Generator) -> Tensor:
+    if not x.is_floating_point():
+        return x
+    return x * (1 + 1e-3 * torch.randn(x.shape, generator=generator, dtype=x.dtype))
+
+
+@prop(10, "state")
+def assert_state(s: Sample) -> None:
+    """Outputs and buffers, step after step, are the reference's; without one, the same calls give the same."""
+    call, owner = s.oracle.bind(s.layer)
+    twin = s.copy()
+    limit = judge.within(judge.AGAINST_ORACLE)
+    with subject.private_rng(s.seed), torch.no_grad():
+        states = []
+        for inputs in (s.inputs, s.other_inputs, s.inputs):
+            states.append((calls.named("out", calls.forward(twin, inputs)), calls.copies(subject.buffers(twin))))
+    with subject.private_rng(s.seed), torch.no_grad():
+        for step, (inputs, (outs, buffers)) in enumerate(zip((s.inputs, s.other_inputs, s.inputs), states), 1):
+            theirs = call(*inputs)
+            if [o.shape for o in theirs] != [o.shape for o in outs.values()]:
+                raise OutputMismatch(
+                    f"out has the wrong shape: {[tuple(o.shape) for o in outs.values()]}, the reference gives "
+                    f"{[tuple(o.shape) for o in theirs]}",
+                    tensor="out",
+                )
+            judge.judge(outs, calls.named("out", theirs), limit, f" in forward number {step}", OutputMismatch)
+            if s.oracle.keeps_buffers or not s.oracle.independent:
+                known = {name: b for name, b in subject.buffers(owner).items() if name in buffers}
+                judge.judge(buffers, known, limit, f" after forward number {step}", OutputMismatch)
+
+
+@prop(11, "special")
+def assert_special(s: Sample) -> None:
+    """At 0, at kinks, far out, in constant columns, at extreme indices: finite where the oracle is, and as precise.
+
+    Judged element by element: 1e-9 of the element, plus 1e-12 of the tensor's scale for cancellation (times x^2 in a
+    layer with parameters).
+    """
+    want = {n: None if g is None else g.clone() for n, g in s.truth.result.grads.items()}
+    doubt = dict(s.truth.uncertainty)
+    if s.kinks:
+        x, dout, dx = s.inputs[0], s.douts[0], want["dx"]
+        if dx is None or x.shape != dout.shape:
+            raise NotApplicable("kinks= describes an elementwise layer of one input")
+        for place, slope in s.kinks.items():
+            dx[x == place] = slope * dout[x == place]
+            doubt.pop("dx", None)
+    # In a product with parameters, terms of the size of x may cancel, and even of x^2 where x meets itself (attention).
+    far = max((judge.largest(x) for x in s.inputs), default=0.0) if subject.parameters(s.layer) else 0.0
+    scale = judge.within(judge.SAME_CODE * max(1.0, far) ** 2, s.douts)
+
+    def limit(name: str, got: Tensor, want: Tensor) -> Tensor:
+        if s.truth.source == "finite differences":
+            return s.truth.limit(1, s.douts)(name, got, want)
+        return scale(name, got, want) + 1e-9 * want.abs()
+
+    ours = dict(s.result.grads)
+    for name, reference in want.items():
+        mine = ours.get(name)
+        if reference is not None and mine is not None and mine.shape == reference.shape:
+            ours[name] = torch.where(torch.isfinite(reference), mine, reference)
+    judge.judge(ours, want, limit, " at special values", GradientMismatch)
+
+
+def _params(s: Sample) -> dict[str, Tensor]:
+    return subject.parameters(s.layer)
+
+
+def _map(function: Any, grads: dict[str, Tensor | None]) -> dict[str, Tensor | None]:
+    return {name: None if g is None else function(g) for name, g in grads.items()}
+
+
+def _plus(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    return a if b is None else b if a is None else a + b
+
+
+def _to(tensors: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(t.to(torch.float32) if t.is_floating_point() else t for t in tensors)
+
+
+def _up(tensors: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(t.to(torch.float64) if t.is_floating_point() else t for t in tensors)

@@ -1,0 +1,115 @@
+"""What a check tells: the table of a passed one, and the text of a failed one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from handgrad.testing import calls, judge, subject
+from handgrad.testing.errors import CheckFailure
+from handgrad.testing.hints import hints
+from handgrad.testing.sample import PROPERTIES, Sample
+
+SHOWN = 24  # elements of a tensor that the text of a failure prints
+
+
+@dataclass
+class PropertyReport:
+    """How one property went: examples run, how many of them were different, the worst error over its limit."""
+
+    name: str
+    examples: int = 0
+    distinct: int = 0
+    elements: int = 0
+    worst: float = 0.0
+    seconds: float = 0.0
+    note: str = ""  # why it does not apply or was skipped
+
+    def __str__(self) -> str:
+        number = f"P{PROPERTIES[self.name].number}" if self.name in PROPERTIES else ""
+        head = f"{number:<4}{self.name:<13}"
+        if self.note:
+            return f"{head}{self.note}"
+        return (
+            f"{head}{self.examples:>8} {self.distinct:>9} {self.elements:>9} {self.worst:>11.2g} {self.seconds:>8.2f}"
+        )
+
+
+@dataclass
+class Report:
+    """What `check_layer` found about a right layer. `str()` prints it."""
+
+    subject: str
+    oracle: str = ""
+    properties: list[PropertyReport] = field(default_factory=list)
+    faults: dict[str, str] = field(default_factory=dict)  # planted fault: the property that killed it, or why not
+
+    @property
+    def seconds(self) -> float:
+        """The time of all properties together."""
+        return sum(p.seconds for p in self.properties)
+
+    def __str__(self) -> str:
+        head = (
+            f"{'':<4}{'property':<13}{'examples':>8} {'distinct':>9} {'elements':>9} {'worst/limit':>11} {'seconds':>8}"
+        )
+        lines = [f"{self.subject}: right, by {self.oracle}", "", head, *map(str, self.properties)]
+        if self.faults:
+            lines += ["", "faults planted to see whether this check can notice them:"]
+            lines += [f"    {name:<50}{fate}" for name, fate in self.faults.items()]
+        return "\n".join(lines)
+
+
+def failure_text(error: CheckFailure, name: str, s: Sample | None, rich: Sample | None, again: str) -> str:
+    """Everything that helps to find the mistake: what is wrong, a guess why, the smallest example, how to repeat it."""
+    lines = [error.message]
+    if s is not None:
+        lines += [f"  hint: {guess}" for guess in _hints(error, name, [rich, s])]
+        lines += ["", "the smallest example found:", *_example(s)]
+    number = f"P{PROPERTIES[name].number} " if name in PROPERTIES else ""
+    lines += ["", f"property {number}{name}: {PROPERTIES[name].says}" if number else "", again]
+    layer = "" if s is None else f"{calls.name_of(s.layer)}"
+    mode = "" if s is None or not subject.has_modes(s.layer) else f" ({_mode(s.layer)})"
+    return f"{layer}{mode}: " + "\n".join(lines).rstrip()
+
+
+def _hints(error: CheckFailure, name: str, candidates: list[Sample | None]) -> list[str]:
+    """The hints of the first example that gives some. A larger one tells more than the smallest."""
+    for s in candidates:
+        if s is None:
+            continue
+        try:
+            PROPERTIES[name].check(s)
+        except CheckFailure as failure:
+            if failure.details.get("tensor") != error.details.get("tensor"):
+                continue
+            found = hints(s, {**failure.details, "property": name})
+            if found:
+                return found[:3]
+    return []
+
+
+def _example(s: Sample) -> list[str]:
+    rows: dict[str, Any] = {}
+    if s.made_by:
+        rows["layer"] = s.made_by
+    rows.update(calls.named("x", s.inputs))
+    rows.update(calls.named("dout", s.douts))
+    rows.update(subject.parameters(s.layer))
+    rows.update(subject.buffers(s.layer))
+    width = max(map(len, rows), default=0)
+    return [f"  {name:<{width}} = {_value(value)}" for name, value in rows.items()]
+
+
+def _value(value: Any) -> str:
+    if not isinstance(value, Tensor):
+        return str(value)
+    text = f"torch.tensor({judge.literal(value)})" if 0 < value.numel() <= SHOWN else ""
+    shape = f"shape {tuple(value.shape)}"
+    return f"{text}  # {shape}" if text and value.dim() > 1 else text or shape
+
+
+def _mode(layer: Any) -> str:
+    return "training" if getattr(layer, "training", True) else "evaluation"

@@ -1,0 +1,31 @@
+"""Train a recurrent model on names, every backward pass written by hand, back through time.
+
+A gated recurrent unit (Cho et al. 2014) reads a name character by character and predicts the next one at each place.
+Names of different lengths are padded, and the padding is ignored in the loss.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import names
+import torch
+
+from handgrad import Embedding, Flatten, GRUCell, Layer, Linear, Sequential, Unroll
+
+
+def build(config: names.Config, vocabulary: int, generator: torch.Generator) -> Layer:
+    """One row of logits for each place of each name."""
+    return Sequential(
+        Embedding(vocabulary, config.embedding_dim, generator=generator),
+        Unroll(GRUCell(config.embedding_dim, config.hidden_dim, generator=generator)),
+        Flatten(0, 1),
+        Linear(config.hidden_dim, vocabulary, generator=generator),
+    )
+
+
+DEFAULTS = names.Config(block_size=16, embedding_dim=32, hidden_dim=128, steps=20_000, lr=3e-3)
+RECIPE = names.Recipe("names_gru", __doc__, build, DEFAULTS, sequences=True, optimizer=torch.optim.AdamW)
+
+if __name__ == "__main__":
+    sys.exit(names.main(RECIPE))

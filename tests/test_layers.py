@@ -1,0 +1,33 @@
+"""Every public layer and loss has all fourteen properties; nothing public goes unchecked."""
+
+from __future__ import annotations
+
+import inspect
+
+import pytest
+import torch
+
+import handgrad
+from tests.cases import CASES
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_property_of(name):
+    """All properties, and no planted fault goes unnoticed."""
+    report = CASES[name].run()
+    assert report.properties[0].examples > 0
+
+
+def test_every_public_layer_and_loss_has_a_case():
+    """A new layer must come with its line in cases.py."""
+    base = {handgrad.Layer, handgrad.Loss}
+    public = [getattr(handgrad, name) for name in handgrad.__all__]
+    layers = {c for c in public if inspect.isclass(c) and issubclass(c, handgrad.Layer)} - base
+    assert layers == {case.covers for case in CASES.values()}
+
+
+def test_every_public_optimizer_is_checked():
+    """What is public and steps must be in the optimizers' own checks."""
+    public = [getattr(handgrad, name) for name in handgrad.__all__]
+    optimizers = {c for c in public if inspect.isclass(c) and issubclass(c, torch.optim.Optimizer)}
+    assert optimizers == {handgrad.SGD}
