@@ -218,8 +218,6 @@ def _require_compiler() -> None:
     try:
         get_cpp_compiler()
     except Exception as error:
-        problem = (
-            "a C++ compiler must be installed and on the path (g++ or clang++; the variable CXX names "
-        )
+        problem = "a C++ compiler must be installed and on the path (g++ or clang++; the variable CXX names "
         problem += f"another), or use the step without compile(); torch says: {error}"
         raise CompileError(f"TrainStep.compile: {problem}") from error
