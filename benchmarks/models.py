@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "models"))
 import names
 import twins
 
-from handgrad import CrossEntropy, TrainStep
+from handgrad import CrossEntropy, Dropout, TrainStep
 from handgrad.bench import environment, interleave, ratio
 from handgrad.bench.timing import timed
 
@@ -65,6 +65,9 @@ class Contenders:
         other = copy.deepcopy(self)
         other.model.to(torch.float64)
         other.twin.double()
+        dropouts = [layer for _, layer in other.model.named_layers() if isinstance(layer, Dropout)]
+        for dropout in (*dropouts, *(module for module in other.twin.modules() if isinstance(module, nn.Dropout))):
+            dropout.p = 0.0  # the two draw from different generators
         other.ready()
         start = other.generator.get_state()
         for call in (other.by_hand, other.by_autograd):

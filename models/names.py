@@ -152,16 +152,11 @@ class Config:
     seed: int = 42
     unbiased: bool = False
     tied: bool = False
+    dropout: float = 0.0
 
     def lr_at(self, step: int) -> float:
         """The learning rate of a step: a tenth in the second half."""
         return self.lr if step < self.steps // 2 else self.lr / 10
-
-
-OPTIONS = {
-    "unbiased": "normalise batches with n - 1, as the lecture does",
-    "tied": "share the table of the embedding with the output layer",
-}
 
 
 @dataclass(frozen=True)
@@ -502,6 +497,25 @@ def rate(text: str) -> float:
     return value
 
 
+def share(text: str) -> float:
+    """An argparse type: a number from 0 up to, but not, 1."""
+    try:
+        value = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected a number, got {text!r}") from None
+    if not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(f"expected a number from 0 up to 1, got {text}")
+    return value
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "unbiased": {"action": "store_const", "const": True, "help": "normalise batches with n - 1, as the lecture does"},
+    "tied": {"action": "store_const", "const": True, "help": "share the embedding's table with the output layer"},
+    "dropout": {"type": share, "metavar": "P", "help": "share of the activations to drop in training (default 0.1)"},
+}
+"""The flags that only some models have."""
+
+
 def parse_flags(recipe: Recipe, argv: Sequence[str] | None) -> argparse.Namespace:
     """The flags that all names models share. What a run's result depends on is None where it was not given."""
     defaults = recipe.defaults
@@ -525,7 +539,7 @@ def parse_flags(recipe: Recipe, argv: Sequence[str] | None) -> argparse.Namespac
     size("--embedding-dim", 1, 65536, "numbers a character is embedded in", data)
     size("--hidden-dim", 1, 65536, "hidden units", data)
     for option in recipe.options:
-        data.add_argument(f"--{option}", action="store_const", const=True, help=OPTIONS[option])
+        data.add_argument(f"--{option}", **OPTIONS[option])
     training = parser.add_argument_group("training")
     size("--steps", 0, 10**9, "training steps; the learning rate drops to a tenth halfway", training)
     size("--batch-size", 2, 2**20, "examples a step", training)
