@@ -369,6 +369,12 @@ def outputs(layer: hg.Sum, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]
 layer("Sum", TWO(hg.Sum), "*N D", reference=lambda layer, x: torch.add(*outputs(layer, x)))
 layer("Product", TWO(hg.Product), "*N D", reference=lambda layer, x: torch.mul(*outputs(layer, x)))
 layer(
+    "Product of three",
+    lambda D: hg.Product(hg.Identity(), hg.Linear(D, D), hg.Tanh()),
+    "*N D",
+    reference=lambda layer, x: x * functional.linear(x, layer[1].weight, layer[1].bias) * x.tanh(),
+)
+layer(
     "Concat",
     lambda D, H, K: hg.Concat(hg.Linear(D, H), hg.Linear(D, K), dim=-1),
     "*N D",

@@ -1,0 +1,341 @@
+"""Backwards as people really get them wrong, for the layers beyond the names MLP: each one edit of the source.
+
+A fault is the class, what is wrong, the property that notices it, the method, and the edit: the text as it stands in
+the source and what it becomes. An edit that no longer finds its text is an error, so the list cannot go stale unseen.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+import textwrap
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import handgrad as hg
+
+
+class Fault(NamedTuple):
+    """One wrong variant of a class."""
+
+    layer: type
+    name: str
+    noticed_by: str
+    method: str
+    old: str
+    new: str
+
+    def function(self) -> Callable[..., Any]:
+        """The method with the fault in it."""
+        owner = next(c for c in self.layer.__mro__ if self.method in vars(c))
+        source = textwrap.dedent(inspect.getsource(vars(owner)[self.method]))
+        assert self.old in source, f"{self.layer.__name__}.{self.method} no longer has {self.old!r}"
+        made: dict[str, Any] = {}
+        code = compile(source.replace(self.old, self.new), f"<fault in {self.layer.__name__}>", "exec")
+        exec(code, vars(sys.modules[owner.__module__]), made)
+        return made[self.method]
+
+
+FAULTS: list[Fault] = []
+
+
+def faults(layer: type, *rows: tuple[str, ...], method: str = "backward") -> None:
+    """Register faults of one method: what is wrong, the text, what it becomes, and who notices if not `gradients`."""
+    for name, old, new, *by in rows:
+        FAULTS.append(Fault(layer, name, by[0] if by else "gradients", method, old, new))
+
+
+# ---------------------------------------------------------------- containers
+
+faults(
+    hg.Identity,
+    ("doubled", "return dout", "return 2 * dout"),
+    ("zero", "return dout", "return 0 * dout"),
+    ("ones", "return dout", "return dout * 0 + 1"),
+    ("written to in place", "return dout", "return dout.mul_(1)", "ownership"),
+    ("in float32", "return dout", "return dout.float()"),
+    ("the record looked at, not taken", "self.pop(dout)", "self._records or self.pop(dout)", "reuse"),
+)
+faults(
+    hg.Residual,
+    ("the body forgotten", "return dout + dx if", "return dout + 0 * dx if"),
+    ("the connection forgotten", "return dout + dx if", "return dx + 0 if"),
+    ("the difference", "return dout + dx if", "return dout - dx if"),
+    ("added into dout", "return dout + dx if", "return dout.add_(dx) if"),
+    ("averaged", "return dout + dx if", "return (dout + dx) / 2 if"),
+    ("the body gets half", '"body", dout, need_dx', '"body", dout / 2, need_dx'),
+)
+faults(
+    hg.Sum,
+    ("averaged", "[dout] * len(self.bodies)", "[dout / len(self.bodies)] * len(self.bodies)"),
+    ("the first body's dx only", "return _total(dxs) if", "return dxs[0] if"),
+    ("the last body's dx only", "return _total(dxs) if", "return dxs[-1] if"),
+    ("the last body gets nothing", "[dout] * len(self.bodies)", "[*[dout] * (len(self.bodies) - 1), 0 * dout]"),
+    ("dout written to", "self.pop(dout)", "self.pop(dout); dout.mul_(1)", "ownership"),
+    ("dx doubled", "return _total(dxs) if", "return 2 * _total(dxs) if"),
+)
+faults(
+    hg.Product,
+    ("the other factor forgotten", "douts[i] = douts[i] * after", "pass"),
+    ("its own factor, not the other's", "douts[i] * after", "douts[i] * outs[i]"),
+    ("the factors before it forgotten", "douts[i] * after", "dout * after"),
+    ("as for a sum", "douts.append(douts[-1] * factor)", "douts.append(dout)"),
+    ("the first body's dx only", "return _total(dxs) if", "return dxs[0] if"),
+    ("factors multiplied in place", "douts[-1] * factor", "douts[-1].mul_(factor)"),
+)
+faults(
+    hg.Concat,
+    ("pieces in reversed order", "dxs = self._backward_each(list(torch.split(dout, sizes, self.dim)), need_dx)",
+     "dxs = self._backward_each([p.flip(self.dim) for p in torch.split(dout, sizes, self.dim)], need_dx)"),
+    ("the first body's dx only", "return _total(dxs) if", "return dxs[0] if"),
+    ("averaged", "return _total(dxs) if", "return _total(dxs) / len(dxs) if"),
+    ("dout written to", "(sizes,) = self.pop(dout)", "(sizes,) = self.pop(dout); dout.mul_(1)", "ownership"),
+    ("dx with a dimension more", "return _total(dxs) if", "return _total(dxs)[None] if"),
+    ("equal pieces of doubled dout", "torch.split(dout, sizes", "torch.split(2 * dout, sizes"),
+)  # fmt: skip
+faults(
+    hg.Parallel,
+    ("all the same dout", "list(dout)", "[dout[0] for _ in dout]"),
+    ("dx exchanged", "return tuple(dxs) if", "return tuple(dxs[::-1]) if"),
+    ("dout exchanged", "list(dout)", "list(dout[::-1])"),
+    ("a list, not a tuple", "return tuple(dxs) if", "return list(dxs) if"),
+    ("doubled", "list(dout)", "[2 * d for d in dout]"),
+    ("the first dx for all", "return tuple(dxs) if", "return (dxs[0],) * len(dxs) if"),
+)
+
+# ---------------------------------------------------------------- activations
+
+faults(
+    hg.Sigmoid,
+    ("1 + out", "1 - out", "1 + out"),
+    ("out forgotten", ".mul_(out).mul_(dout)", ".mul_(dout)"),
+    ("dout forgotten", ".mul_(out).mul_(dout)", ".mul_(out)"),
+    ("out^2", ".mul_(out)", ".mul_(out).mul_(out)"),
+    ("written into out", "1 - out", "out.neg_().add_(1)"),
+    ("sigmoid once more", "1 - out", "1 - torch.sigmoid(out)"),
+)
+faults(
+    hg.ReLU,
+    ("slope 1 everywhere", "torch.ne(out, 0,", "torch.ge(out, 0,"),
+    ("slope where out is 0", "torch.ne(out, 0,", "torch.eq(out, 0,"),
+    ("threshold at a half", "torch.ne(out, 0,", "torch.gt(out, 0.5,"),
+    ("dout forgotten", ".mul_(dout)", ".mul_(1)"),
+    ("the derivative of the square", "return torch", "return 2 * out * torch"),
+    ("in float32", ".mul_(dout)", ".mul_(dout).float()"),
+)
+faults(
+    hg.LeakyReLU,
+    ("as ReLU", "return dx.lerp_(dout, self.negative_slope)", "return dx"),
+    ("slope 0.01 whatever was asked for", "self.negative_slope", "0.01"),
+    ("the sides exchanged", "torch.gt(x", "torch.le(x"),
+    ("slope squared", "self.negative_slope", "self.negative_slope ** 2"),
+    ("dout forgotten", ".mul_(dout)", ".mul_(1)"),
+    ("slope 1 everywhere", "dx.lerp_(dout, self.negative_slope)", "dout + 0"),
+)
+faults(
+    hg.SiLU,
+    ("as sigmoid", "torch.addcmul(x, x, s, value=-1)", "torch.zeros_like(x)"),
+    ("1 + s", "value=-1", "value=1"),
+    ("s forgotten", ".add_(1).mul_(s)", ".add_(1)"),
+    ("the 1 forgotten", ".add_(1)", ""),
+    ("dout forgotten", ".mul_(dout)", ""),
+    ("written into x", "torch.addcmul(x, x, s, value=-1)", "x.addcmul_(x, s, value=-1)"),
+)
+faults(
+    hg.GELU,
+    ("the tanh form for both", 'if self.approximate == "none":', "if False:"),
+    ("the exact form for both", 'if self.approximate == "none":', "if True:"),
+    ("density of deviation 2", "square.mul_(-0.5)", "square.mul_(-0.25)"),
+    ("x phi(x) forgotten", "cdf.addcmul_(x, density)", "cdf"),
+    ("1/3 of the cubic term", "square.mul_(6 * k * a)", "square.mul_(2 * k * a)"),
+    ("u for 2u", "slope.mul_(x).mul_(1 - s)", "slope.mul_(0.5).mul_(x).mul_(1 - s)"),
+)
+faults(
+    hg.Softmax,
+    ("no Jacobian", "return torch.sub(dout, total, out=dx).mul_(out)", "return dout * out"),
+    ("as if classes were independent", "return torch.sub(dout, total, out=dx).mul_(out)",
+     "return dout * out * (1 - out)"),
+    ("the sum over another dimension", "dx.sum(self.dim", "dx.sum(0 if self.dim else -1"),
+    ("the mean", "dx.sum(self.dim", "dx.mean(self.dim"),
+    ("the sum of dout alone", "dx.sum(self.dim", "dout.sum(self.dim"),
+    ("written into dout", "out=dx", "out=dout"),
+)  # fmt: skip
+faults(
+    hg.LogSoftmax,
+    ("the sum forgotten", "dx.mul_(dout.sum(self.dim, keepdim=True))", "dx"),
+    ("the mean", "dout.sum(self.dim", "dout.mean(self.dim"),
+    ("log probabilities for probabilities", "out.exp()", "out + 0"),
+    ("the exponential in place", "out.exp()", "out.exp_()", "ownership"),
+    ("softmax's Jacobian", "dout.sum(self.dim", "(dout * out.exp()).sum(self.dim"),
+    ("the sum over another dimension", "dout.sum(self.dim", "dout.sum(0 if self.dim else -1"),
+)
+
+# ---------------------------------------------------------------- normalisation, dropout, flattening
+
+faults(
+    hg.LayerNorm,
+    ("the path through the mean forgotten", ".add_(through_mean)", ""),
+    ("the path through the variance forgotten", "xhat.mul_(through_var)", "xhat.mul_(0)"),
+    ("weight forgotten in dx", "torch.mul(dout, weight, out=product)", "dout"),
+    ("dweight of x, not of xhat", "product = dout * xhat", "product = dout * x"),
+    ("dweight averaged", "product.reshape(rows, n).sum(0)", "product.reshape(rows, n).sum(0) / max(rows, 1)"),
+    ("weight forgotten in the averages", "_average(product, n, weight, rstd)", "_average(product, n, None, rstd)"),
+    ("dx written into dout", "torch.sub(dxhat, dx, out=dx)", "torch.sub(dxhat, dx, out=dout)"),
+)
+faults(
+    hg.RMSNorm,
+    ("the path through rstd forgotten", "xhat.mul_(through_rstd)", "xhat.mul_(0)"),
+    ("a mean subtracted, as in LayerNorm", "through_rstd = ", "through_rstd = dout.mean() + "),
+    ("weight forgotten in dx", "torch.mul(dout, weight, out=product)", "dout"),
+    ("dweight of x, not of xhat", "product = dout * xhat", "product = dout * x"),
+    ("weight forgotten in the average", "_average(product, n, weight, rstd)", "_average(product, n, None, rstd)"),
+    ("rstd squared", "return torch.sub(dxhat, dx, out=dx)", "return torch.sub(dxhat, dx, out=dx).mul_(rstd)"),
+)
+faults(
+    hg.Dropout,
+    ("dout passed on", "return dout if mask is None else dout * mask", "return dout"),
+    ("a new mask", "dout * mask", "dout * mask[torch.randperm(len(mask))] if mask.dim() else dout * mask"),
+    ("the mask without its scale", "dout * mask", "dout * (mask > 0)"),
+    ("the mask of the complement", "dout * mask", "dout * (mask == 0)"),
+    ("dout written to", "dout * mask", "dout.mul_(mask)"),
+    ("scaled twice", "dout * mask", "dout * mask * mask"),
+)
+faults(
+    hg.FlattenConsecutive,
+    ("dout as it came", "dout.reshape(shape)", "dout"),
+    ("doubled", "dout.reshape(shape)", "2 * dout.reshape(shape)"),
+    (
+        "time and channels exchanged",
+        "dout.reshape(shape)",
+        "dout.reshape(shape[0], shape[2], shape[1]).transpose(1, 2)",
+    ),
+    ("steps in reversed order", "dout.reshape(shape)", "dout.reshape(shape).flip(1)"),
+    ("a view, which strides forbid", "dout.reshape(shape)", "dout.view(shape)", "layouts"),
+    ("dout written to", "dout.reshape(shape)", "dout.mul_(1).reshape(shape)", "ownership"),
+)
+
+# ---------------------------------------------------------------- attention and recurrence
+
+faults(
+    hg.SelfAttention,
+    ("softmax's sum forgotten", "dp.addcmul_(p, dp.sum(-1, keepdim=True), value=-1)", "dp"),
+    ("the sum over the queries", "dp.sum(-1, keepdim=True)", "dp.sum(-2, keepdim=True)"),
+    ("the scale forgotten in dq", ".div_(math.sqrt(q.shape[-1]))", ""),
+    ("the scale twice in dk", "ds.transpose(-2, -1) @ q", "ds.transpose(-2, -1) @ q / math.sqrt(q.shape[-1])"),
+    ("p not transposed in dv", "p.transpose(-2, -1) @ dy", "p @ dy"),
+    ("q and k exchanged", "self._merge(dq, dk, dv)", "self._merge(dk, dq, dv)"),
+    ("the output projection skipped", "self.out_proj.backward(dout)", "(self.out_proj.backward(dout), dout)[1]"),
+    ("written into p", "dp.mul_(p)", "dp = p.mul_(dp)"),
+)
+faults(
+    hg.RNNCell,
+    ("1 - out", "(1 - out * out)", "(1 - out)"),
+    ("dh through weight_ih's time", "(dx, da @ weight_hh)", "(dx, dout @ weight_hh)"),
+    ("dh not through weight_hh", "(dx, da @ weight_hh)", "(dx, da)"),
+    ("weight_hh transposed", "da @ weight_hh", "da @ weight_hh.t()"),
+    ("the gradients of the old and the new state exchanged", "self._add_grads(weight_hh, self.bias_hh, h, da)",
+     "self._add_grads(weight_hh, self.bias_hh, out, da)"),
+    ("dx through dout, not da", "dx = da @ weight_ih", "dx = dout @ weight_ih"),
+)  # fmt: skip
+faults(
+    hg.GRUCell,
+    ("z for 1 - z", "dn = dout * (1 - z)", "dn = dout * z"),
+    ("the direct way to h forgotten", "torch.addcmul(db @ weight_hh, dout, z)", "db @ weight_hh"),
+    ("r forgotten before weight_hh", "dxn * r], -1)", "dxn], -1)"),
+    ("n's sign in dz", "dout * (h - n)", "dout * (h + n)"),
+    ("hn forgotten in dr", "dr = dxn * hn", "dr = dxn * h"),
+    ("gates in the wrong order", "torch.cat([dxr, dxz, dxn], -1)", "torch.cat([dxz, dxr, dxn], -1)"),
+)
+faults(
+    hg.LSTMCell,
+    ("the cell's own gradient forgotten", ".add_(dc_out)", ""),
+    ("tanh' forgotten", "(1 - u * u).mul_(o)", "o.clone()"),
+    ("o forgotten", "(1 - u * u).mul_(o)", "(1 - u * u)"),
+    ("f forgotten in dc", "dc.mul_(f)", "dc"),
+    ("i and f exchanged", "torch.cat([dai, daf,", "torch.cat([daf, dai,"),
+    ("g' as of a sigmoid", "dg.mul_(1 - g * g)", "dg.mul_(g).mul_(1 - g)"),
+)
+faults(
+    hg.Unroll,
+    ("the state's gradient not handed on", "dstate = _plus(dstate, ", "dstate = _plus(None, "),
+    ("the last step's dout everywhere", "dout.select(self.dim, t)", "dout.select(self.dim, T - 1)"),
+    ("dx in reversed order", "torch.stack(dxs, self.dim)", "torch.stack(dxs[::-1], self.dim)"),
+    ("dx stacked along another dimension", "torch.stack(dxs, self.dim)", "torch.stack(dxs, 0)"),
+    ("never cut", "if self._cut_before(t):", "if False:"),
+    ("the state's gradient doubled", "dstate = _plus(dstate, dout.select(self.dim, t), rest)",
+     "dstate = _plus(_plus(dstate, dout.select(self.dim, t), rest), dout.select(self.dim, t), rest)"),
+)  # fmt: skip
+
+# ---------------------------------------------------------------- convolution and pooling
+
+faults(
+    hg.Conv1d,
+    ("dx without padding", "weight, None, self.stride, self.padding", "weight, None, self.stride, 0"),
+    ("groups forgotten in dx", "rest, self.groups, self.dilation", "rest, 1, self.dilation"),
+    ("the unread end forgotten", "self.padding, rest,", "self.padding, 0,"),
+    ("dbias of the first row", "drows.sum([0,", "drows[:1].sum([0,"),
+    ("kernel turned round in dx", "self.conv_transpose(dout, weight,", "self.conv_transpose(dout, weight.flip(-1),"),
+    ("the asymmetric zeros kept", "if self.extra else dx", "if False else dx"),
+)
+faults(
+    hg.Conv2d,
+    ("stride and dilation not exchanged", "self.dilation, self.padding, self.stride, G)",
+     "self.stride, self.padding, self.dilation, G)"),
+    ("padding forgotten", "self.dilation, self.padding, self.stride, G)", "self.dilation, 0, self.stride, G)"),
+    ("the batch's first row only", "torch.unflatten(x, 1", "torch.unflatten(x * (torch.arange(len(x)) == 0)"
+     ".view(-1, 1, 1, 1), 1"),
+    ("kernel turned round", "return dweight.transpose(0, 1)", "return dweight.flip(-1).transpose(0, 1)"),
+    ("averaged over the rows", "return dweight.transpose(0, 1)", "return dweight.transpose(0, 1) / dout.shape[1]"),
+    ("the last steps of the kernel, not the first", "narrow(dim + 2, 0, k)",
+     "narrow(dim + 2, dweight.shape[dim + 2] - k, k)"),
+    method="_dweight",
+)  # fmt: skip
+faults(
+    hg.MaxPool2d,
+    ("of overlapping windows the last one wins", "scatter_add_(", "scatter_("),
+    ("the mean's share", "dout.flatten(-2)", "dout.flatten(-2) / 2"),
+    ("the neighbour of the maximum", "index.flatten(-2)", "(index.flatten(-2) + 1) % (shape[-2] * shape[-1])"),
+    ("rows and columns exchanged", ".view(shape)", ".view(*shape[:-2], shape[-1], shape[-2]).transpose(-1, -2)"),
+    ("dout forgotten", "dout.flatten(-2)", "torch.ones_like(dout.flatten(-2))"),
+    ("as if nothing overlapped with zero", "dx = dout.new_zeros(", "dx = dout.new_ones("),
+)
+faults(
+    hg.AvgPool2d,
+    ("divided by the kernel always", "self._size(shape, dout)", "(kh * kw)"),
+    ("not divided", "dout / self._size(shape, dout)", "dout + 0"),
+    ("padding not cut off", "ph : ph + H, pw : pw + W", ": H, : W"),
+    ("of overlapping windows the last one wins", "+= share", "= share"),
+    ("the window one row short", "for i in range(kh)", "for i in range(max(kh - 1, 1))"),
+    ("steps of the other dimension", "(sh, sw), (ph, pw) = self.kernel_size, self.stride, self.padding",
+     "(sh, sw), (pw, ph) = self.kernel_size, self.stride, self.padding"),
+)  # fmt: skip
+
+# ---------------------------------------------------------------- losses
+
+faults(
+    hg.MSE,
+    ("the 2 forgotten", "(2 / max(diff.numel(), 1) if", "(1 / max(diff.numel(), 1) if"),
+    ("divided by the rows alone", "max(diff.numel(), 1)", "max(len(diff) if diff.dim() else 1, 1)"),
+    ("the mean for the sum, too", 'if self.reduction == "mean" else 2)', ")"),
+    ("the sign", "dx: Tensor = diff *", "dx: Tensor = -diff *"),
+    ("dout forgotten", "return dx if dout is None else dx.mul_(dout)", "return dx"),
+    ("the square's root", "dx: Tensor = diff *", "dx: Tensor = diff.sign() *"),
+)
+faults(
+    hg.BCEWithLogits,
+    ("the sign", "dx.div_(max(x.numel(), 1))", "dx.div_(-max(x.numel(), 1))"),
+    ("pos_weight forgotten", "a = self._slope(target)", "a = None"),
+    ("weight forgotten", "if weight is not None:", "if False:"),
+    ("divided by the rows alone", "max(x.numel(), 1)", "max(len(x) if x.dim() else 1, 1)"),
+    ("dout forgotten", "return dx if dout is None else dx.mul_(dout)", "return dx"),
+    ("sigmoid's slope once more", "return dx if", "dx = dx * torch.sigmoid(x)\n    return dx if"),
+)
+faults(
+    hg.LinearCrossEntropy,
+    ("the last chunk's dweight only", "dweight.addmm_(dz.t(), rows[a:b])", "dweight = dz.t() @ rows[a:b]"),
+    ("the onehot forgotten", "dz.scatter_add_(1, y[a:b, None], -dloss[a:b, None])", "pass"),
+    ("ignored rows not ignored", "used.to(x.dtype)", "x.new_ones(len(y))"),
+    ("divided by all rows", "dloss.sum().clamp_min_(1)", "max(len(y), 1)"),
+    ("the bias forgotten in z", "dz = linear(rows[a:b], weight, bias)", "dz = linear(rows[a:b], weight)"),
+    ("dout forgotten for dweight", "dbias.add_(dz.sum(0))", "dbias.add_(dz.mean(0))"),
+)
