@@ -44,7 +44,8 @@ class TrainStep:
         if loss.reduction == "none":
             raise ArgumentError('TrainStep: the loss must be one number, got a loss with reduction="none"')
         self.model, self.loss, self.optimizer = model, loss, optimizer
-        self.params = list(model.parameters())
+        both = (*model.parameters(), *loss.parameters())  # a loss may have some, or share the model's
+        self.params = list({id(p): p for p in both}.values())
 
     def __call__(self, x: Any, target: Any) -> Tensor:
         """Do one step; returns the loss, as it was before the update."""

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from handgrad import (
     GELU,
+    Dropout,
     Embedding,
     Flatten,
     Layer,
@@ -70,13 +71,20 @@ def build(config: names.Config, vocabulary: int, generator: torch.Generator) -> 
         layer
         for _ in range(BLOCKS)
         for layer in (
-            Residual(Sequential(LayerNorm(dim), SelfAttention(dim, HEADS, causal=True, generator=generator))),
+            Residual(
+                Sequential(
+                    LayerNorm(dim),
+                    SelfAttention(dim, HEADS, causal=True, generator=generator),
+                    Dropout(config.dropout, generator=generator),
+                )
+            ),
             Residual(
                 Sequential(
                     LayerNorm(dim),
                     Linear(dim, config.hidden_dim, generator=generator),
                     GELU(approximate="tanh"),
                     Linear(config.hidden_dim, dim, generator=generator),
+                    Dropout(config.dropout, generator=generator),
                 )
             ),
         )
@@ -89,8 +97,10 @@ def build(config: names.Config, vocabulary: int, generator: torch.Generator) -> 
     return Sequential(table, Positions(config.block_size, dim, generator), *blocks, LayerNorm(dim), Flatten(0, 1), head)
 
 
-DEFAULTS = names.Config(block_size=16, embedding_dim=64, hidden_dim=256, steps=15_000, lr=2e-3)
-RECIPE = names.Recipe("names_gpt", __doc__, build, DEFAULTS, ("tied",), sequences=True, optimizer=torch.optim.AdamW)
+DEFAULTS = names.Config(block_size=16, embedding_dim=64, hidden_dim=256, steps=15_000, lr=2e-3, dropout=0.1)
+RECIPE = names.Recipe(
+    "names_gpt", __doc__, build, DEFAULTS, ("tied", "dropout"), sequences=True, optimizer=torch.optim.AdamW
+)
 
 if __name__ == "__main__":
     sys.exit(names.main(RECIPE))

@@ -119,8 +119,9 @@ def gpt(config: names.Config, vocabulary: int) -> nn.Module:
     dim, hidden = config.embedding_dim, config.hidden_dim
     blocks: list[nn.Module] = []
     for _ in range(names_gpt.BLOCKS):
-        blocks.append(Residual(nn.LayerNorm(dim), CausalAttention(dim, names_gpt.HEADS)))
-        perceptron = [nn.Linear(dim, hidden), nn.GELU("tanh"), nn.Linear(hidden, dim)]
+        attention = [CausalAttention(dim, names_gpt.HEADS), nn.Dropout(config.dropout)]
+        perceptron = [nn.Linear(dim, hidden), nn.GELU("tanh"), nn.Linear(hidden, dim), nn.Dropout(config.dropout)]
+        blocks.append(Residual(nn.LayerNorm(dim), *attention))
         blocks.append(Residual(nn.LayerNorm(dim), *perceptron))
     table, head = nn.Embedding(vocabulary, dim), nn.Linear(dim, vocabulary, bias=False)
     if config.tied:

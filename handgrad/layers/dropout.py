@@ -20,8 +20,8 @@ class Dropout(Layer):
     Raises:    ArgumentError for p outside 0..1; DtypeError; ShapeError and StateError from backward.
     Source:    Srivastava et al. 2014 (jmlr.org/papers/v15/srivastava14a.html)
 
-    The mask is drawn from `generator`, by default torch's global one, as torch.nn.Dropout draws it. A mode that changes
-    between forward and backward changes nothing: the record says what forward did.
+    The mask is drawn from `generator`, on its device; by default from torch's global one, as torch.nn.Dropout draws it.
+    A mode that changes between forward and backward changes nothing: the record says what forward did.
 
     >>> layer = Dropout(0.5, generator=torch.Generator().manual_seed(1))
     >>> layer(torch.ones(6))
@@ -42,7 +42,8 @@ class Dropout(Layer):
         if not self.training or self.p == 0:
             self.push(None, out=x)
             return x
-        mask = torch.empty_like(x).bernoulli_(1 - self.p, generator=self.generator)
+        home = x.device if self.generator is None else self.generator.device
+        mask = torch.empty_like(x, device=home).bernoulli_(1 - self.p, generator=self.generator).to(x.device)
         if self.p < 1:
             mask.div_(1 - self.p)
         out = x * mask

@@ -9,6 +9,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from handgrad.testing.compare import compare
 from handgrad.testing.errors import (
     CheckError,
     CheckFailure,
@@ -40,10 +41,12 @@ from handgrad.testing.table import GradientTable, gradient_table
 if TYPE_CHECKING:
     from handgrad.testing import strategies
     from handgrad.testing.check import check_layer, check_loss
+    from handgrad.testing.optimizer import check_optimizer
 
 _NEED_HYPOTHESIS = {
     "check_layer": "handgrad.testing.check",
     "check_loss": "handgrad.testing.check",
+    "check_optimizer": "handgrad.testing.optimizer",
     "strategies": "",
 }
 
@@ -85,6 +88,8 @@ __all__ = [
     "assert_state",
     "check_layer",
     "check_loss",
+    "check_optimizer",
+    "compare",
     "gradient_table",
     "strategies",
 ]

@@ -26,6 +26,7 @@ from handgrad.testing.strategies import samples
 # Examples of each property at hypothesis' default of max_examples=100; profiles scale them.
 EXAMPLES = {"gradients": 60, "edges": 25, "special": 30, "dtypes": 25, "layouts": 10, "plumbing": 5}
 OTHERS = 15
+PHASES = (Phase.explicit, Phase.generate, Phase.shrink)  # of those that the profile has
 KEPT = 12  # samples of a property that the planted faults are tried on
 
 
@@ -173,7 +174,8 @@ class _Runner:
                 )
             except CheckFailure as error:
                 failure = type(error)(
-                    failure_text(error, self.name, self.failing, self.rich, self._again(error)), **error.details
+                    failure_text(error, self.name, self.failing, self.rich, self._again(error)),
+                    **{**error.details, "property": self.name},
                 )
                 failure.__cause__ = error.__cause__
             except CheckError as error:
@@ -197,7 +199,7 @@ class _Runner:
             print_blob=True,
             report_multiple_bugs=False,
             suppress_health_check=list(HealthCheck),
-            phases=(Phase.explicit, Phase.generate, Phase.shrink),
+            phases=[phase for phase in hypothesis.settings().phases if phase in PHASES],
         )
         @hypothesis.given(samples(self.plan, edges=self.name == "edges", special=self.name == "special"))
         def run(sample: Sample) -> None:

@@ -52,10 +52,9 @@ def note(elements: int, ratio: float = 0.0) -> None:
 Limit = Callable[[str, Tensor, Tensor], Tensor]
 
 
-def within(share: float, douts: tuple[Tensor, ...] = ()) -> Limit:
-    """The limit ``share S + 1e-12`` with S = max(|want|, 1e-3 |dout|) of each tensor."""
-    dout = max((largest(d) for d in douts), default=0.0)
-    return lambda name, got, want: torch.full_like(want, share * max(largest(want), 1e-3 * dout) + FLOOR)
+def within(share: float, floor: float = 0.0) -> Limit:
+    """The limit ``share S + 1e-12`` with S the largest element of each tensor wanted, or `floor` where that is more."""
+    return lambda name, got, want: torch.full_like(want, share * max(largest(want), floor) + FLOOR)
 
 
 def judge(

@@ -32,9 +32,9 @@ class Truth:
     source: str
     uncertainty: dict[str, Tensor] = field(default_factory=dict)  # of finite differences, by gradient
 
-    def limit(self, share: float, douts: tuple[Tensor, ...]) -> judge.Limit:
+    def limit(self, share: float, floor: float) -> judge.Limit:
         """`judge.within`, widened to what the oracle itself can tell."""
-        exact = judge.within(share if self.source != "finite differences" else judge.AGAINST_DIFFERENCES, douts)
+        exact = judge.within(share if self.source != "finite differences" else judge.AGAINST_DIFFERENCES, floor)
         return lambda name, got, want: exact(name, got, want) + self.uncertainty.get(name, 0)
 
 

@@ -64,7 +64,7 @@ class _Held:
 @prop(5, "layouts")
 def assert_layouts(s: Sample) -> None:
     """Strided, transposed, rotated, shifted and expanded x and dout give what contiguous ones give."""
-    limit = judge.within(judge.SAME_CODE, s.douts)
+    limit = judge.within(judge.SAME_CODE, s.floor)
     for i, x in enumerate(s.inputs):
         for name, twin in _layouts(x).items():
             inputs = (*s.inputs[:i], twin, *s.inputs[i + 1 :])
@@ -117,7 +117,7 @@ def assert_aliasing(s: Sample) -> None:
     A backward that needs what was overwritten may refuse with a StateError (or any RuntimeError) instead.
     """
     twin = s.copy()
-    limit = judge.within(judge.SAME_CODE, s.douts)
+    limit = judge.within(judge.SAME_CODE, s.floor)
     inputs, douts = _clones(s.inputs), _clones(s.douts)
     with subject.private_rng(s.seed), torch.enable_grad():
         outs = calls.forward(twin, inputs)
@@ -208,7 +208,7 @@ def assert_plumbing(s: Sample) -> None:
             raise ContractError(f"a {how} layer must not bring its records along: {twin.pending} wait in it")
         if "state_dict" not in how:
             _restore_buffers(twin, start)
-        limit = judge.within(judge.SAME_CODE, s.douts)
+        limit = judge.within(judge.SAME_CODE, s.floor)
         _same(calls.run(twin, s.inputs, s.douts, s.seed), s.result, limit, f" in a {how} layer")
 
 

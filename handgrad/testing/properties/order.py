@@ -41,7 +41,7 @@ def assert_accumulation(s: Sample) -> None:
         after_one = {n: None if g is None else g.clone() for n, g in calls.gradients(twin).items()}
         calls.forward(twin, s.other_inputs)
         calls.backward(twin, s.other_inputs, s.other_douts)
-    limit = judge.within(judge.SAME_CODE, s.douts + s.other_douts)
+    limit = judge.within(judge.SAME_CODE, s.floor)
     one = {name: g + _or_zero(first[name], g) for name, g in start.items()}
     two = {name: g + _or_zero(second[name], g) for name, g in one.items()}
     judge.judge(after_one, one, limit, " where .grad was not empty (backward must add to it)")
@@ -69,7 +69,7 @@ def assert_reuse(s: Sample) -> None:
         with _explained(hint):
             dx2 = calls.backward(twin, s.other_inputs, s.other_douts)
             dx1 = calls.backward(twin, s.inputs, s.douts)
-    limit = judge.within(judge.SAME_CODE, s.douts + s.other_douts)
+    limit = judge.within(judge.SAME_CODE, s.floor)
     text = f" after forward(x1), forward(x2), backward(d2), backward(d1){hint}"
     judge.judge(dx2, {name: second.grads[name] for name in dx2}, limit, f" of the second forward{text}")
     judge.judge(dx1, {name: first.grads[name] for name in dx1}, limit, f" of the first forward{text}")
@@ -133,14 +133,14 @@ def assert_modes(s: Sample) -> None:
         subject.zero_grad(twin)
         dx = calls.backward(twin, s.other_inputs, s.other_douts)
     truth = s.oracle.truth(trained, s.other_inputs, s.other_douts, s.seed)
-    limit = truth.limit(judge.AGAINST_ORACLE, s.other_douts)
+    limit = truth.limit(judge.AGAINST_ORACLE, s.floor)
     text = " in eval(), with a training forward still waiting"
     judge.judge(calls.named("out", outs), truth.result.outs, limit, text, OutputMismatch)
     judge.judge({**dx, **calls.gradients(twin)}, truth.result.grads, limit, text)
     subject.zero_grad(twin)
     dx = calls.backward(twin, s.inputs, s.douts)
     text = " of a training forward whose backward comes in eval()"
-    judge.judge({**dx, **calls.gradients(twin)}, start.result.grads, judge.within(judge.SAME_CODE, s.douts), text)
+    judge.judge({**dx, **calls.gradients(twin)}, start.result.grads, judge.within(judge.SAME_CODE, s.floor), text)
 
 
 @prop(12, "rng")
@@ -155,7 +155,7 @@ def assert_rng(s: Sample) -> None:
             torch.rand(5, generator=generator)
         dx = calls.backward(twin, s.inputs, s.douts)
     text = " when somebody draws random numbers between forward and backward"
-    limit = judge.within(judge.SAME_CODE, s.douts)
+    limit = judge.within(judge.SAME_CODE, s.floor)
     judge.judge(calls.named("out", outs), s.result.outs, limit, " in a second run from the same seed", OutputMismatch)
     judge.judge({**dx, **calls.gradients(twin)}, s.result.grads, limit, text)
 

@@ -24,7 +24,7 @@ def assert_gradients(s: Sample) -> None:
     The values are judged in float64, within 1e-9 of the tensor's scale. A backward that takes `need_dx` must give the
     parameters the same gradients when dx is declined.
     """
-    judge.judge(s.result.grads, s.truth.result.grads, s.truth.limit(judge.AGAINST_ORACLE, s.douts))
+    judge.judge(s.result.grads, s.truth.result.grads, s.truth.limit(judge.AGAINST_ORACLE, s.floor))
     if s.policed:
         s.oracle.police(s.layer, s.inputs, s.douts, s.truth, s.seed)
     if getattr(subject.unwrap(s.layer), "takes_need_dx", False):
@@ -33,14 +33,14 @@ def assert_gradients(s: Sample) -> None:
             calls.forward(twin, s.inputs)
             calls.backward(twin, s.inputs, s.douts, need_dx=False)
         own = {name: s.result.grads[name] for name in subject.parameters(twin)}
-        limit = judge.within(judge.SAME_CODE, s.douts)
+        limit = judge.within(judge.SAME_CODE, s.floor)
         judge.judge(calls.gradients(twin), own, limit, " when dx is declined (need_dx=False)")
 
 
 @prop(6, "linearity")
 def assert_linearity(s: Sample) -> None:
     """The backward is linear in dout: it scales, it adds, and it sends an exact zero back as an exact zero."""
-    limit = judge.within(judge.AGAINST_ORACLE, s.douts)
+    limit = judge.within(judge.AGAINST_ORACLE, s.floor)
     base = s.result.grads
     scaled = calls.run(s.layer, s.inputs, tuple(-2.5 * d for d in s.douts), s.seed).grads
     judge.judge(scaled, _map(lambda g: -2.5 * g, base), limit, " for -2.5 dout (it must be -2.5 times that for dout)")
@@ -70,7 +70,7 @@ def assert_edges(s: Sample) -> None:
         exactly = " for an output without elements (it must be exact zeros)"
         judge.judge(result.grads, zeros, lambda name, got, want: torch.zeros_like(want), exactly)
     else:
-        judge.judge(result.grads, s.truth.result.grads, s.truth.limit(judge.AGAINST_ORACLE, s.douts))
+        judge.judge(result.grads, s.truth.result.grads, s.truth.limit(judge.AGAINST_ORACLE, s.floor))
     for name, value in result.buffers.items():
         if not torch.isfinite(value.double()).all():
             raise OutputMismatch(f"buffer {name} is not finite after forward: {judge.describe(value)}", tensor=name)
@@ -107,7 +107,7 @@ def assert_dtypes(s: Sample) -> None:
     ours = {n: None if t is None else t.to(torch.float64) for n, t in {**got.outs, **got.grads}.items()}
     text = " in float32 (allowed: 4 times autograd's own float32 error + 16 eps)"
     try:
-        judge.judge(ours, want, _float32_limit(noise, douts), text)
+        judge.judge(ours, want, _float32_limit(noise, s.floor), text)
     except GradientMismatch:
         # One run of autograd may have been lucky in its rounding. Its neighbours tell how unlucky it can be.
         generator = torch.Generator().manual_seed(s.seed)
@@ -118,7 +118,7 @@ def assert_dtypes(s: Sample) -> None:
             near = [tuple(_near(t, generator) for t in tensors) for tensors in (inputs, douts)]
             for name, value in _rounding(s, twin, *near)[1].items():
                 noise[name] = max(noise.get(name, 0.0), value)
-        judge.judge(ours, want, _float32_limit(noise, douts), text)
+        judge.judge(ours, want, _float32_limit(noise, s.floor), text)
 
 
 def _rounding(
@@ -134,11 +134,9 @@ def _rounding(
     return truth, {n: judge.largest(t.to(w) - w) for n, (t, w) in errors.items() if t is not None and w is not None}
 
 
-def _float32_limit(noise: dict[str, float], douts: tuple[Tensor, ...]) -> judge.Limit:
-    dout = max((judge.largest(d) for d in douts), default=0.0)
-
+def _float32_limit(noise: dict[str, float], floor: float) -> judge.Limit:
     def limit(name: str, got: Tensor, want: Tensor) -> Tensor:
-        scale = max(judge.largest(want), 1e-3 * dout)
+        scale = max(judge.largest(want), floor)
         allowed = 4 * noise[name] + 16 * F32 * scale + F32 * F32 if name in noise else 1e-3 * scale
         return torch.full_like(want, allowed)
 
@@ -156,7 +154,8 @@ def assert_state(s: Sample) -> None:
     """Outputs and buffers, step after step, are the reference's; without one, the same calls give the same."""
     call, owner = s.oracle.bind(s.layer)
     twin = s.copy()
-    limit = judge.within(judge.AGAINST_ORACLE)
+    sizes = [judge.largest(t) for t in (*s.inputs, *s.other_inputs, *subject.parameters(s.layer).values())]
+    limit = judge.within(judge.AGAINST_ORACLE, 1e-3 * max(sizes, default=0.0))
     with subject.private_rng(s.seed), torch.no_grad():
         states = []
         for inputs in (s.inputs, s.other_inputs, s.inputs):
@@ -194,11 +193,11 @@ def assert_special(s: Sample) -> None:
             doubt.pop("dx", None)
     # In a product with parameters, terms of the size of x may cancel, and even of x^2 where x meets itself (attention).
     far = max((judge.largest(x) for x in s.inputs), default=0.0) if subject.parameters(s.layer) else 0.0
-    scale = judge.within(judge.SAME_CODE * max(1.0, far) ** 2, s.douts)
+    scale = judge.within(judge.SAME_CODE * max(1.0, far) ** 2, s.floor)
 
     def limit(name: str, got: Tensor, want: Tensor) -> Tensor:
         if s.truth.source == "finite differences":
-            return s.truth.limit(1, s.douts)(name, got, want)
+            return s.truth.limit(1, s.floor)(name, got, want)
         return scale(name, got, want) + 1e-9 * want.abs()
 
     ours = dict(s.result.grads)
