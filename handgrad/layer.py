@@ -12,7 +12,7 @@ Three conventions come from PyTorch. A parameter is a plain tensor and its gradi
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, ClassVar, NamedTuple, TypeAlias, TypeVar
 
 import torch
@@ -22,6 +22,8 @@ from torch.compiler import is_compiling
 from handgrad.errors import DtypeError, HandgradError, ShapeError, StateDictError, StateError
 
 L = TypeVar("L", bound="Layer")
+
+BLOCK = 1 << 17  # numbers in a piece: 512 KB of float32, so that three pieces are within a core's own cache
 
 
 class _Declaration(NamedTuple):
@@ -61,13 +63,22 @@ Record: TypeAlias = tuple[tuple[Any, ...], list[int], Spec]
 and what dout must be like. Plain tuples: every step makes one a layer."""
 
 
-def scratch(t: Tensor) -> Tensor | None:
-    """What a forward gives as `out=` to put its result into the memory of t, which it made and needs no more.
+def blocks(*tensors: Tensor) -> Iterable[tuple[Tensor, ...]]:
+    """The tensors, of equal shape, cut along dimension 0 into pieces that the processor's cache can hold.
 
-    Fresh memory costs more than arithmetic. None, for fresh memory after all, where autograd is looking on (as the
-    gradient checks let it), because autograd may still need t.
+    Several passes over a piece then cost one trip to memory, which for large tensors is what takes the time. Small
+    tensors come whole, and all of them in a compiled graph, which makes one pass of several by itself.
     """
-    return None if t.requires_grad else t
+    count = tensors[0].numel()
+    if count <= BLOCK or is_compiling():
+        return (tensors,)
+    return zip(*[torch.split(t, max(1, BLOCK * len(t) // count)) for t in tensors])
+
+
+def sum_of_products(a: Tensor, b: Tensor, dims: tuple[int, ...]) -> Tensor:
+    """(a * b).sum(dims), without ever holding all the products; dims must contain 0."""
+    sums = [(p * q).sum(dims) for p, q in blocks(a, b)]
+    return sums[0] if len(sums) == 1 else torch.stack(sums).sum(0)
 
 
 class LoadResult(NamedTuple):

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from handgrad.errors import ArgumentError, ShapeError
-from handgrad.layer import Layer
+from handgrad.layer import Layer, blocks
 
 
 class Tanh(Layer):
@@ -37,8 +37,11 @@ class Tanh(Layer):
     def backward(self, dout: Tensor) -> Tensor:
         (out,) = self.pop(dout)
         # out = tanh(x)
-        dx = dout * out
-        return torch.addcmul(dout, dx, out, value=-1, out=dx)
+        dx = torch.empty_like(dout)
+        for d, o, result in blocks(dout, out, dx):
+            torch.mul(d, o, out=result)
+            torch.addcmul(d, result, o, value=-1, out=result)
+        return dx
 
 
 class Sigmoid(Layer):

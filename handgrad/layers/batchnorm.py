@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from handgrad.errors import ArgumentError, ShapeError
-from handgrad.layer import Layer, buffer, parameter, scratch
+from handgrad.layer import Layer, blocks, buffer, parameter, sum_of_products
 
 
 class BatchNorm1d(Layer):
@@ -80,7 +80,6 @@ class BatchNorm1d(Layer):
             raise self.error(ShapeError, "forward", f"x must be {wanted}, got shape {tuple(x.shape)}")
         n = x.numel() // C
         m: int | None = None  # None: mean and var are constants, and the backward has nothing to send through them
-        memory = None  # x-sized, made here, for out
         if self.training or self.running_mean is None or self.running_var is None:
             if n == 1:
                 problem = f"the variance of a batch needs more than one value a channel, got shape {tuple(x.shape)}; "
@@ -88,26 +87,20 @@ class BatchNorm1d(Layer):
             dims = self._dims(x)
             mean = x.mean(dims)  # (C,)
             diff = x - self._column(mean, x)
-            square = diff * diff
-            memory = scratch(square)
-            var = square.mean(dims)  # (C,)
-            if n == 0:
-                var = torch.zeros_like(var)  # not 0/0: what no rows send back is nothing, not NaN
-            m = n
-            if self.unbiased:
-                m = n - 1
-                var = var * (n / m)
+            square = sum_of_products(diff, diff, dims)  # (C,)
+            m = n - 1 if self.unbiased else n
+            var = square / max(m, 1)  # for no rows 0, not NaN: what they send back is nothing
             if self.training and n > 0:
-                self._update_running(mean, var if self.unbiased else var * (n / (n - 1)))
+                self._update_running(mean, var if self.unbiased else square / (n - 1))
         else:
             var = self.running_var
             diff = x - self._column(self.running_mean, x)
         rstd = (var + self.eps).rsqrt()  # (C,)
         scale = rstd if self.weight is None else self.weight * rstd  # (C,)
         if self.bias is None:
-            out = torch.mul(diff, self._column(scale, x), out=memory)
+            out = diff * self._column(scale, x)
         else:
-            out = torch.addcmul(self._column(self.bias, x), diff, self._column(scale, x), out=memory)
+            out = torch.addcmul(self._column(self.bias, x), diff, self._column(scale, x))
         self.push(diff, rstd, scale, self.weight, m, out=out)
         return out
 
@@ -115,21 +108,23 @@ class BatchNorm1d(Layer):
         diff, rstd, scale, weight, m = self.pop(dout)
         dims = self._dims(dout)
         # out = diff rstd weight + bias
-        product = dout * diff
         dbias = dout.sum(dims)  # (C,)
-        dweight = product.sum(dims) * rstd  # (C,)
+        dweight = sum_of_products(dout, diff, dims) * rstd  # (C,)
         self.add_grad(weight, dweight)
         self.add_grad(self.bias, dbias)
         if not need_dx:
             return None
         # diff = x - mean, rstd = 1/sqrt(sum diff^2 / m + eps)
+        a = self._column(scale, dout)
         if m is None:
-            return torch.mul(dout, self._column(scale, dout), out=product)
+            return dout * a
         n = max(dout.numel() // self.num_features, 1)
         k = scale / -n  # (C,)
         b, c = self._column(k * rstd * dweight, dout), self._column(k * dbias, dout)
-        dx = torch.addcmul(c, diff, b, value=n / max(m, 1), out=product)
-        return dx.addcmul_(dout, self._column(scale, dout))
+        dx = torch.empty_like(dout)
+        for d, f, result in blocks(dout, diff, dx):
+            torch.addcmul(c, f, b, value=n / max(m, 1), out=result).addcmul_(d, a)
+        return dx
 
     def _dims(self, x: Tensor) -> tuple[int, ...]:
         """All dimensions but that of the channels."""

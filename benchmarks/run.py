@@ -1,0 +1,149 @@
+"""Make all results again: ``python benchmarks/run.py``, some ten minutes on a machine that does nothing else.
+
+Writes JSON, the charts and a README with the tables into benchmarks/results. Needs matplotlib; NumPy and JAX compete
+where they are installed: ``pip install -e ".[models,bench]"``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))  # the source beside it, also where handgrad is not installed
+
+from names_mlp import chart  # noqa: E402
+
+from handgrad.bench.report import bytes_text, seconds_text  # noqa: E402
+
+
+def script(name: str, *arguments: str) -> list[str]:
+    """The command that runs a script of this directory."""
+    return [sys.executable, str(HERE / name), *arguments]
+
+
+def markdown(results: Path) -> str:
+    """The tables of all results that are there."""
+    text = [
+        "# Results",
+        "",
+        "Made by `python benchmarks/run.py`. The contenders take turns; ratios are medians over the turns.",
+    ]
+    for name, show in (
+        ("layers", layers),
+        ("names_mlp", steps),
+        ("wide_1", steps),
+        ("wide_2", steps),
+        ("memory", memory),
+    ):
+        path = results / f"{name}.json"
+        if not path.exists():
+            continue
+        data = json.loads(path.read_text())
+        env = data["environment"]
+        title, rows, notes = show(data)
+        text += ["", f"## {title}", ""]
+        text += [f"{env['machine']}, torch {env['torch']}, Python {env['python']}, commit {env['commit']}.", *notes, ""]
+        if (results / f"{name}.png").exists():
+            text += [f"![{title}]({name}.png)", ""]
+        text += ["| " + " | ".join(row) + " |" for row in (rows[0], ["---", *["---:"] * (len(rows[0]) - 1)], *rows[1:])]
+    return "\n".join(text) + "\n"
+
+
+def layers(data: dict[str, Any]) -> tuple[str, Sequence[Sequence[str]], list[str]]:
+    """A row a layer: autograd's time over ours at each size, and the memory at the largest."""
+    results = data["results"]
+    sizes = sorted({tuple(r["size"]) for r in results})
+    rows = [["layer", *(f"{n}x{d}" for n, d in sizes), "recorded: ours", "autograd's", "peak: ours", "autograd's"]]
+    for name in dict.fromkeys(r["layer"] for r in results):
+        by_size = {tuple(r["size"]): r["by"] for r in results if r["layer"] == name}
+        cells = []
+        for size in sizes:
+            value, low, high = by_size[size]["autograd"]["ratio"]["both"] if size in by_size else (math.nan,) * 3
+            cells.append(f"{value:.2f}" + (" =" if low <= 1 <= high else ""))
+        last = by_size[max(by_size)]
+        kept = [
+            bytes_text(last[who][what]) for what in ("recorded_bytes", "peak_bytes") for who in ("handgrad", "autograd")
+        ]
+        rows.append([name, *cells, *kept])
+    logs = [math.log(r["by"]["autograd"]["ratio"]["both"][0]) for r in results]
+    mean = math.exp(sum(logs) / len(logs))
+    notes = [
+        "Autograd's time over ours, forward and backward, one thread, float32: above 1 handgrad is faster, = means no",
+        f"difference beyond the noise. Geometric mean {mean:.2f}. Memory at the largest size.",
+    ]
+    return "Layers against autograd", rows, notes
+
+
+def steps(data: dict[str, Any]) -> tuple[str, Sequence[Sequence[str]], list[str]]:
+    """A row a contender: the time of a step."""
+    results = sorted(data["results"], key=lambda r: r["seconds"])
+    rows = [["contender", "a step", "spread", "autograd's time over this", "to the first result"]]
+    for r in results:
+        value, low, high = r["autograd_over_this"]
+        star = " (the best autograd)" if r["best_autograd"] else ""
+        cells = [seconds_text(r["seconds"]), f"{r['spread']:.0%}", f"{value:.2f} ({low:.2f} to {high:.2f})"]
+        rows.append([r["contender"] + star, *cells, seconds_text(r["first_result_seconds"])])
+    first = results[0]
+    title = f"A step of the names MLP: hidden {first['hidden']}, batch {first['batch']}, {first['threads']} thread(s)"
+    return title, rows, ["Sampling the minibatch included; the time to the first result includes compiling."]
+
+
+def memory(data: dict[str, Any]) -> tuple[str, Sequence[Sequence[str]], list[str]]:
+    """A row a contender: how far memory rises."""
+    rows = [["contender", "resident memory rises by", "tensors at the most"]]
+    rows += [[r["contender"], bytes_text(r["resident_rise"]), bytes_text(r["tensor_peak"])] for r in data["results"]]
+    title = f"Peak memory of a step: {data['depth']} x (Linear, BatchNorm1d, Tanh), width {data['width']}"
+    return title, rows, [f"Batch {data['batch']}, each in a fresh process, above what model, optimizer and data take."]
+
+
+def main() -> None:
+    """Run everything, one after the other."""
+    p = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    p.add_argument("--results", type=Path, default=HERE / "results", help="directory to write to")
+    p.add_argument("--quick", action="store_true", help="short turns: whether all runs, not figures to keep")
+    p.add_argument("--only-report", action="store_true", help="write README and chart from the JSON files")
+    args = p.parse_args()
+    out = args.results.resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    if not args.only_report:
+        bench = [
+            sys.executable,
+            "-m",
+            "handgrad.bench",
+            "--json",
+            str(out / "layers.json"),
+            "--plot",
+            str(out / "layers.png"),
+        ]
+        turns = "2" if args.quick else "60"
+        commands = [
+            [*bench, "--seconds", "0.05" if args.quick else "1", *(["--sizes", "32x64"] if args.quick else [])],
+            script("names_mlp.py", "--seconds", turns, "--json", str(out / "names_mlp.json")),
+            script("names_mlp.py", "--wide", "--seconds", turns, "--json", str(out / "wide_1.json")),
+            script("names_mlp.py", "--wide", "--threads", "2", "--seconds", turns, "--json", str(out / "wide_2.json")),
+            script("memory.py", "--json", str(out / "memory.json")),
+        ]
+        failed = []
+        for command in commands:
+            print("$", " ".join(["python", *command[1:]]), flush=True)
+            env = {**os.environ, "PYTHONPATH": str(HERE.parent)}
+            if subprocess.run(command, cwd=HERE.parent, env=env).returncode:
+                failed.append(" ".join(command[1:]))
+        if failed:
+            print("failed: " + "; ".join(failed), file=sys.stderr)
+    if (out / "names_mlp.json").exists():
+        chart(out / "names_mlp.png", json.loads((out / "names_mlp.json").read_text())["results"])
+    (out / "README.md").write_text(markdown(out))
+    print(f"wrote {out}/README.md")
+
+
+if __name__ == "__main__":
+    main()

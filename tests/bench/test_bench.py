@@ -1,0 +1,154 @@
+"""handgrad.bench: that it measures what it says; never how fast anything is."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import handgrad as hg
+from handgrad import bench
+from handgrad.bench.__main__ import main
+from handgrad.bench.compare import WrongResultError
+from handgrad.bench.timing import Ratio, Times, timed
+
+SIZE = (32, 16)
+
+
+@pytest.mark.parametrize("name", bench.CASES)
+def test_both_sides_of_every_case_agree_and_are_measured(name):
+    result = bench.compare(bench.CASES[name], SIZE, seconds=0.0, rounds=2)
+    assert list(result.entries) == ["handgrad", "autograd"]
+    for entry in result.entries.values():
+        assert entry.times.median() > 0
+        assert entry.recorded >= 0
+        assert entry.peak >= 0
+
+
+def test_every_public_layer_with_arithmetic_has_a_case():
+    containers = {"Identity", "Residual", "Sum", "Product", "Concat", "Parallel", "Sequential", "Layer", "Loss"}
+    layers = {n for n in hg.__all__ if isinstance(getattr(hg, n), type) and issubclass(getattr(hg, n), hg.Layer)}
+    assert layers - containers == set(bench.CASES)
+
+
+def test_a_wrong_result_is_refused_before_it_is_timed():
+    class Wrong(hg.Tanh):
+        def backward(self, dout):
+            return 2 * super().backward(dout)
+
+    case = bench.Case("Wrong", lambda D: Wrong(), lambda D: torch.nn.Tanh())
+    with pytest.raises(WrongResultError, match="Wrong: dx differs from that of Tanh"):
+        bench.compare(case, SIZE, seconds=0.0, rounds=1)
+
+
+def test_recorded_bytes_counts_each_memory_once_and_no_parameter():
+    model = hg.Sequential(hg.Linear(8, 4), hg.Tanh(), hg.Linear(4, 2))
+    model(torch.randn(3, 8))
+    assert bench.recorded_bytes(model) == 4 * (3 * 8 + 3 * 4)  # x; tanh's out, which the last Linear records, too
+    model.drop_records()
+    assert bench.recorded_bytes(model) == 0
+
+
+def test_peak_bytes_is_the_most_alive_at_once():
+    def run():
+        a = torch.ones(1000)
+        b = a * 2
+        del a
+        return torch.cat([b, b])
+
+    assert bench.peak_bytes(run) == 4 * 3000
+
+
+def test_contenders_take_turns():
+    order = []
+
+    def contender(name):
+        def run(n):
+            order.append(name)
+            time.sleep(0.003)
+            return (float(n),)
+
+        return run
+
+    times = bench.interleave({name: contender(name) for name in "ab"}, seconds=0.0, rounds=4)
+    assert order[-8:] == list("abbaabba")
+    assert times["a"].parts == [[1.0] * 4]
+
+
+def test_a_ratio_whose_interval_holds_one_is_no_difference():
+    assert bench.ratio([1.0] * 20, [0.9, 1.1] * 10).verdict == "no difference"
+    assert bench.ratio([1.0] * 20, [2.0] * 20) == Ratio(2.0, 2.0, 2.0)
+    assert Times([[1.0, 2.0, 3.0], [1.0, 1.0, 1.0]]).median() == 3.0
+    assert len(timed(lambda: None)(3)) == 1
+
+
+def test_profile_has_a_row_a_layer_and_leaves_the_model_as_it_was():
+    model = hg.Sequential(hg.Embedding(5, 3), hg.Flatten(), hg.Sequential(hg.Linear(6, 4), hg.BatchNorm1d(4)))
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    model[0].weight.grad = grad = torch.ones(5, 3)
+    p = bench.profile(model, torch.randint(5, (8, 2)), torch.randint(4, (8,)), seconds=0.0)
+    assert [row.path for row in p.rows] == ["0", "1", "2.0", "2.1", "loss", "rest"]
+    assert sum(row.share for row in p.rows) == pytest.approx(1, abs=0.3)
+    assert p.rows[2].parameters == 28
+    assert "Linear(6 -> 4)" in str(p)
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+    assert model[0].weight.grad is grad
+    assert model.pending == 0
+    assert "forward" not in vars(model[0])
+
+
+def test_the_command_writes_table_json_and_plot(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    files = ["--json", str(tmp_path / "r.json"), "--plot", str(tmp_path / "r.png")]
+    assert main(["--layer", "Tanh", "--layer", "Flatten", "--sizes", "8x4,16x8", "--seconds", "0", *files]) == 0
+    out = capsys.readouterr().out
+    assert max(len(line) for line in out.splitlines()) <= 100
+    assert "geometric mean" in out
+    data = json.loads((tmp_path / "r.json").read_text())
+    assert [(r["layer"], r["size"]) for r in data["results"]][:2] == [("Tanh", [8, 4]), ("Tanh", [16, 8])]
+    assert {"machine", "torch", "commit", "threads"} <= set(data["environment"])
+    assert (tmp_path / "r.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_a_layer_of_ones_own_against_a_torch_module(tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "import torch\nfrom handgrad import Layer\n"
+        "class Swish(Layer):\n"
+        "    def forward(self, x):\n        s = torch.sigmoid(x)\n        out = x * s\n"
+        "        self.push(x, s, out=out)\n        return out\n"
+        "    def backward(self, dout):\n        x, s = self.pop(dout)\n"
+        "        return dout * (s + x * s * (1 - s))\n"
+    )
+    command = [sys.executable, "-m", "handgrad.bench", "--layer", "mine:Swish", "--against", "torch.nn:SiLU"]
+    run = subprocess.run(
+        [*command, "--sizes", "8x4", "--seconds", "0"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(Path(hg.__file__).parents[1])},
+    )
+    assert run.returncode == 0, run.stderr
+    assert "Swish" in run.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--layer", "Nope"], "give --against module:Class with it"),
+        (["--against", "torch.nn:SiLU"], "--against needs exactly one --layer"),
+        (["--layer", "Tanh", "--against", "SiLU"], "expected module:Class"),
+        (["--sizes", "32"], "expected sizes such as 32x64"),
+        (["--threads", "0"], "--threads must be at least 1"),
+    ],
+)
+def test_bad_arguments_are_a_clear_error(arguments, message, capsys):
+    with pytest.raises(SystemExit) as error:
+        main(arguments)
+    assert error.value.code == 2
+    assert message in capsys.readouterr().err
