@@ -121,7 +121,8 @@ def check_plan(plan: Plan, skip: Mapping[str, str], examples: int | None, reprod
         raise ArgumentError(f"reproduce must be what a failure printed, got {reproduce!r}")
     report = Report(getattr(plan.make, "__name__", "layer"))
     kept: dict[str, list[Sample]] = {}
-    for name in sorted(PROPERTIES, key=lambda n: PROPERTIES[n].number):
+    # Ownership early: a layer that writes into what is not its own would make the other properties speak nonsense.
+    for name in sorted(PROPERTIES, key=lambda n: (n not in ("gradients", "ownership"), PROPERTIES[n].number)):
         if chosen is not None and name != chosen[1]:
             continue
         if name in skip:

@@ -56,11 +56,13 @@ METHODS = {
     "sub": "add",
     "mul": "mul_",
     "addcmul": "addcmul_",
-    "addcmul_": "addcmul",
     "index_add_": "index_copy_",
     "scatter_add_": "scatter_",
 }
-DROPPED = ("t", "transpose", "contiguous", "exp", "square", "sqrt", "rsqrt", "neg", "mul_", "clamp", "max", "clamp_min")
+DROPPED = (
+    *("t", "transpose", "contiguous", "reshape", "view", "squeeze", "unsqueeze", "flatten"),
+    *("exp", "square", "sqrt", "rsqrt", "neg", "mul_", "clamp", "max", "clamp_min", "where", "masked_fill"),
+)
 
 
 @dataclass(frozen=True)
@@ -214,6 +216,8 @@ def _changes(node: ast.AST) -> Iterator[ast.AST]:
     elif isinstance(node, ast.AugAssign):
         yield ast.Assign([node.target], node.value)
         yield ast.Pass()
+    elif isinstance(node, ast.Return) and node.value is not None:
+        yield ast.Return(ast.Name("dout", ast.Load()))
     elif isinstance(node, ast.Expr):
         yield ast.Pass()
     elif isinstance(node, ast.Call):
@@ -230,6 +234,8 @@ def _constants(node: ast.Constant) -> Iterator[ast.AST]:
 
 def _calls(node: ast.Call) -> Iterator[ast.AST]:
     for i in range(len(node.keywords)):
+        if node.keywords[i].arg == "out":  # where the result is put is no matter of its value
+            continue
         yield ast.Call(node.func, node.args, node.keywords[:i] + node.keywords[i + 1 :])
     if isinstance(node.func, ast.Name) and node.func.id in ("max", "min"):
         yield from node.args
