@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -151,6 +152,7 @@ class _Runner:
         self.first: Sample | None = None
         self.keys: set[int] = set()
         self.failing: Sample | None = None  # the latest, in the end the smallest
+        self.collecting = False
         self.rich: Sample | None = None  # the one with most elements, which tells more
         share = EXAMPLES.get(name, OTHERS) / EXAMPLES["gradients"]
         profile = hypothesis.settings().max_examples
@@ -174,6 +176,7 @@ class _Runner:
                     f"from somewhere else than torch's generator or its own ({error})"
                 )
             except CheckFailure as error:
+                self._look_for_more()
                 failure = type(error)(
                     failure_text(error, self.name, self.failing, self.rich, self._again(error)),
                     **{**error.details, "property": self.name},
@@ -220,15 +223,25 @@ class _Runner:
         except CheckFailure as failure:
             if isinstance(failure, LayerCrash) and is_refusal(sample.layer, failure.details["inputs"], failure):
                 hypothesis.reject()  # a row too few for the mode that this property needs
-            self.failing = sample
+            if not self.collecting:
+                self.failing = sample
             if self.rich is None or sum(map(torch.numel, sample.douts)) > sum(map(torch.numel, self.rich.douts)):
                 self.rich = sample
+            if self.collecting:
+                return
             raise
         self.report.examples += 1
         self.keys.add(sample.key())
         self.first = self.first or sample
         if len(self.kept) < KEPT:
             self.kept.append(sample)
+
+    def _look_for_more(self) -> None:
+        """Run some more examples, for hints: the first that failed may be too small to show a pattern."""
+        if self.blob is None and Phase.shrink in hypothesis.settings().phases:
+            self.collecting, self.examples = True, 15
+            with contextlib.suppress(CheckError, CheckFailure, Flaky, Unsatisfiable):
+                self._hypothesis()
 
     def _again(self, error: CheckFailure) -> str:
         """How to run the failing example again: hypothesis notes it on the error."""

@@ -133,6 +133,8 @@ def _killer(mutant: Mutant, cases: list[Any]) -> str:
                 return str(failure.details.get("property", type(failure).__name__))
             except CheckError as error:
                 return type(error).__name__
+            except Exception as error:  # a mutant can break anything
+                return f"crash: {type(error).__name__}"
     return ""
 
 
@@ -174,7 +176,7 @@ def _targets(module: Any) -> Iterator[tuple[Any, str, Any]]:
             function = None if owner is None else vars(owner)[name]
             if owner is None or not inspect.isfunction(function) or (id(owner), name) in found:
                 continue
-            if "check" in name or "error" in name:
+            if "check" in name or "error" in name or function.__module__ != module.__name__:
                 continue
             found[id(owner), name] = (owner, name, function)
             for node in ast.walk(ast.parse(textwrap.dedent(inspect.getsource(function)))):
@@ -216,7 +218,7 @@ def _changes(node: ast.AST) -> Iterator[ast.AST]:
     elif isinstance(node, ast.AugAssign):
         yield ast.Assign([node.target], node.value)
         yield ast.Pass()
-    elif isinstance(node, ast.Return) and node.value is not None:
+    elif isinstance(node, ast.Return) and node.value is not None and ast.unparse(node.value) != "None":
         yield ast.Return(ast.Name("dout", ast.Load()))
     elif isinstance(node, ast.Expr):
         yield ast.Pass()
