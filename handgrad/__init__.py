@@ -1,7 +1,9 @@
 """A mini layer framework on PyTorch tensors without autograd: every layer has a forward and an explicit backward."""
 
+from handgrad.bridge import from_torch, to_torch
 from handgrad.errors import (
     ArgumentError,
+    CompileError,
     DtypeError,
     HandgradError,
     IndexRangeError,
@@ -15,10 +17,12 @@ from handgrad.layers.attention import SelfAttention
 from handgrad.layers.batchnorm import BatchNorm1d
 from handgrad.layers.branches import Concat, Identity, Parallel, Product, Residual, Sum
 from handgrad.layers.container import Sequential
+from handgrad.layers.conv import Conv1d, Conv2d
 from handgrad.layers.dropout import Dropout
 from handgrad.layers.flatten import Flatten, FlattenConsecutive
 from handgrad.layers.linear import Linear
 from handgrad.layers.normalization import LayerNorm, RMSNorm
+from handgrad.layers.pooling import AvgPool2d, MaxPool2d
 from handgrad.layers.rnn import GRUCell, LSTMCell, RNNCell
 from handgrad.layers.sparse import Embedding
 from handgrad.layers.unroll import Unroll
@@ -37,9 +41,13 @@ __all__ = [
     "MSE",
     "SGD",
     "ArgumentError",
+    "AvgPool2d",
     "BCEWithLogits",
     "BatchNorm1d",
+    "CompileError",
     "Concat",
+    "Conv1d",
+    "Conv2d",
     "CrossEntropy",
     "Dropout",
     "DtypeError",
@@ -58,6 +66,7 @@ __all__ = [
     "LinearCrossEntropy",
     "LogSoftmax",
     "Loss",
+    "MaxPool2d",
     "Parallel",
     "Product",
     "RMSNorm",
@@ -77,5 +86,7 @@ __all__ = [
     "TrainStep",
     "Unroll",
     "buffer",
+    "from_torch",
     "parameter",
+    "to_torch",
 ]

@@ -50,6 +50,10 @@ class StateDictError(HandgradError, RuntimeError):
     """A state_dict does not fit the model: keys are missing or unexpected, or shapes differ."""
 
 
+class CompileError(HandgradError, RuntimeError):
+    """A graph cannot be compiled here: there is no C++ compiler."""
+
+
 def locate(error: Exception, step: str, layer: Layer) -> None:
     """Add `step`, the name under which a container knows `layer`, to the place that `error` reports.
 

@@ -16,7 +16,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar, NamedTuple, TypeAlias, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, is_grad_enabled
+from torch.compiler import is_compiling
 
 from handgrad.errors import DtypeError, HandgradError, ShapeError, StateDictError, StateError
 
@@ -173,7 +174,7 @@ class Layer:
         kept, not copied: changed in place before the backward, it makes that backward a StateError. Save a parameter
         that backward reads, too.
         """
-        if not torch.is_grad_enabled():
+        if not is_grad_enabled():
             return
         records = self._records
         if records:
@@ -194,7 +195,8 @@ class Layer:
                 "and backward once for each forward",
             )
         saved, versions, spec = self._records[-1]
-        self._check_dout(dout, spec)
+        if not isinstance(dout, Tensor) or (dout.shape, dout.dtype) != spec:
+            self._check_dout(dout, spec)
         if versions != _versions(saved):
             raise self.error(
                 StateError,
@@ -399,9 +401,12 @@ def _versioned(saved: tuple[Any, ...]) -> list[Tensor]:
 
 def _versions(saved: tuple[Any, ...]) -> list[int]:
     """How often each of the tensors has been changed in place; nothing in a compiled graph, which has no such count."""
-    if torch.compiler.is_compiling():
+    if is_compiling():
         return []
-    return [t._version for t in saved if isinstance(t, Tensor) and not t.is_inference()]
+    try:
+        return [t._version for t in saved if t is not None and isinstance(t, Tensor)]
+    except RuntimeError:  # a tensor without the count, made under torch.inference_mode(), is among them
+        return [t._version for t in _versioned(saved)]
 
 
 def _distinct(tensors: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -83,23 +83,44 @@ class SGD(torch.optim.Optimizer):
         self._opt_called = True  # what an LR scheduler looks at to warn of a scheduler step before the first update
 
     def _update(self, params: list[Tensor], grads: list[Tensor], group: dict[str, Any]) -> None:
-        """One multi-tensor operation a line of the formula. The gradients themselves are never written to."""
-        if group["maximize"]:
-            grads = list(torch._foreach_neg(grads))
-        if group["weight_decay"] != 0:
-            grads = list(torch._foreach_add(grads, params, alpha=group["weight_decay"]))
-        if group["momentum"] != 0:
-            buffers = self._momentum(params, grads, group["momentum"], 1 - group["dampening"])
-            grads = list(torch._foreach_add(grads, buffers, alpha=group["momentum"])) if group["nesterov"] else buffers
-        torch._foreach_add_(params, grads, alpha=-group["lr"])
+        if group["momentum"] == 0:
+            descend(params, grads, [], group["lr"], group)
+            return
+        states = [self.state[p] for p in params]
+        buffers = descend(params, grads, [s.get("momentum_buffer") for s in states], group["lr"], group)
+        for state, buffer in zip(states, buffers):
+            state["momentum_buffer"] = buffer
 
-    def _momentum(self, params: list[Tensor], grads: list[Tensor], momentum: float, share: float) -> list[Tensor]:
-        """The buffers after buf = momentum buf + share g; in a parameter's first step buf = g."""
-        begun = [i for i, p in enumerate(params) if "momentum_buffer" in self.state[p]]
-        if begun:
-            buffers = [self.state[params[i]]["momentum_buffer"] for i in begun]
-            torch._foreach_mul_(buffers, momentum)
-            torch._foreach_add_(buffers, [grads[i] for i in begun], alpha=share)
-        for i in set(range(len(params))).difference(begun):
-            self.state[params[i]]["momentum_buffer"] = grads[i].clone()
-        return [self.state[p]["momentum_buffer"] for p in params]
+
+def descend(
+    params: list[Tensor],
+    grads: list[Tensor],
+    buffers: Sequence[Tensor | None],
+    lr: float | Tensor,
+    group: dict[str, Any],
+) -> list[Tensor]:
+    """The formula of SGD: change params and buffers in place, and return the buffers; grads are never written to.
+
+    One multi-tensor operation a line. A buffer is None before its parameter's first step. A tensor lr lets a compiled
+    graph read it anew at each call.
+    """
+    momentum, share = group["momentum"], 1 - group["dampening"]
+    if group["maximize"]:
+        grads = list(torch._foreach_neg(grads))
+    if group["weight_decay"] != 0:
+        grads = list(torch._foreach_add(grads, params, alpha=group["weight_decay"]))
+    moved: list[Tensor] = []
+    if momentum != 0:
+        begun = [b for b in buffers if b is not None]
+        if len(begun) == len(buffers):
+            moved = begun
+            torch._foreach_mul_(moved, momentum)
+            torch._foreach_add_(moved, grads, alpha=share)
+        else:
+            moved = [g.clone() if b is None else b.mul_(momentum).add_(g, alpha=share) for b, g in zip(buffers, grads)]
+        grads = list(torch._foreach_add(grads, moved, alpha=momentum)) if group["nesterov"] else moved
+    if isinstance(lr, Tensor):
+        torch._foreach_sub_(params, torch._foreach_mul(grads, lr))
+    else:
+        torch._foreach_add_(params, grads, alpha=-lr)
+    return moved

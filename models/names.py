@@ -37,7 +37,7 @@ BOUNDARY = "."  # token 0: it fills the context before a name and ends the name
 LONGEST_SAMPLE = 64  # characters after which a sampled name is cut off
 VALIDATIONS = 20  # validation losses along a run
 SAVE_EVERY = 5.0  # seconds between checkpoints
-BLOCK = 25  # steps between two looks at the clock, the keyboard and the progress bar
+BLOCK = 40  # steps between two looks at the clock, the keyboard and the progress bar
 CHUNK = 8192  # examples evaluated at once
 
 
@@ -195,7 +195,8 @@ class Run:
     losses: Tensor  # (steps,), filled up to `step`
     step: int = 0
     validations: list[tuple[int, float]] = field(default_factory=list)  # (step, loss)
-    seconds: float = 0.0
+    timed_steps: int = 0
+    seconds: float = 0.0  # that the timed steps took
 
     @classmethod
     def new(cls, recipe: Recipe, config: Config, vocabulary: Vocabulary, device: torch.device) -> Run:
@@ -209,6 +210,11 @@ class Run:
         return cls(recipe, config, vocabulary, model, optimizer, generator, torch.zeros(config.steps))
 
     @property
+    def steps_per_second(self) -> float | None:
+        """The speed of training, without evaluations and checkpoints; None where no step was timed."""
+        return self.timed_steps / self.seconds if self.seconds else None
+
+    @property
     def parameters(self) -> int:
         """The number of trained numbers."""
         return sum(parameter.numel() for parameter in self.model.parameters())
@@ -216,35 +222,45 @@ class Run:
 
 def minibatch(split: Split, size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Draw `size` rows with replacement: x, and y as the loss wants it, one a prediction."""
-    rows = torch.randint(0, split.y.shape[0], (size,), generator=generator).to(split.y.device)
-    return split.x[rows], split.y[rows].flatten()
+    xs, ys = minibatches(split, 1, size, generator)
+    return xs[0], ys[0]
 
 
-def train(run: Run, splits: dict[str, Split], save: Callable[[], None], stop: Stop) -> None:
-    """Take the steps that are left, with a progress bar on a terminal; end early, between two steps, when asked to."""
-    config, step = run.config, TrainStep(run.model, CrossEntropy(), run.optimizer)
+def minibatches(split: Split, count: int, size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Draw `count` minibatches: xs (K, B, T), and ys (K, B) or (K, B T)."""
+    rows = torch.randint(0, split.y.shape[0], (count, size), generator=generator).to(split.y.device)
+    return split.x[rows], split.y[rows].flatten(1)
+
+
+def train(run: Run, split: Split, val: Split, step: TrainStep, save: Callable[[], None], stop: Stop) -> None:
+    """Take the steps that are left, with a progress bar on a terminal; end early, between two blocks, when asked to.
+
+    Where a block of steps ends depends on the step alone, never on the clock or on where the run began: so a resumed
+    run takes its steps in the same blocks, and rounds alike where a block is one compiled graph.
+    """
+    config, saved, started = run.config, time.monotonic(), run.step
     validate_every = max(1, config.steps // VALIDATIONS)
-    saved = time.monotonic()
     with progress(run) as bar:
         while run.step < config.steps and not stop.asked:
-            end = min(run.step + BLOCK, (run.step // validate_every + 1) * validate_every, config.steps)
+            boundaries = (run.step // period * period + period for period in (BLOCK, validate_every))
+            end = min(*boundaries, *(b for b in (config.steps // 2, config.steps) if b > run.step))
+            for group in run.optimizer.param_groups:
+                group["lr"] = config.lr_at(run.step)
             begun = time.perf_counter()
-            for i in range(run.step, end):
-                for group in run.optimizer.param_groups:
-                    group["lr"] = config.lr_at(i)
-                run.losses[i] = step(*minibatch(splits["train"], config.batch_size, run.generator))
-            run.seconds += time.perf_counter() - begun
+            xs, ys = minibatches(split, end - run.step, config.batch_size, run.generator)
+            run.losses[run.step : end] = step.many(xs, ys)
+            if run.step > started:  # the first block warms up, or compiles
+                run.seconds += time.perf_counter() - begun
+                run.timed_steps += end - run.step
             run.step = end
             if run.step % validate_every == 0:
-                run.validations.append((run.step, evaluate(run.model, splits["val"])))
+                run.validations.append((run.step, evaluate(run.model, val)))
             if time.monotonic() - saved > SAVE_EVERY:
                 save()
                 saved = time.monotonic()
             if not bar.disable:
-                val = f"{run.validations[-1][1]:.4f}" if run.validations else "..."
-                bar.set_postfix(
-                    loss=f"{float(run.losses[max(0, end - 1000) : end].mean()):.4f}", val=val, refresh=False
-                )
+                recent = f"{float(run.losses[max(0, end - 1000) : end].mean()):.4f}"
+                bar.set_postfix(loss=recent, val=f"{run.validations[-1][1]:.4f}" if run.validations else "...")
             bar.update(run.step - bar.n)
 
 
@@ -289,7 +305,12 @@ def save_checkpoint(run: Run, path: Path, data: str) -> None:
         tensors |= {f"optimizer.{index}.{name}": torch.as_tensor(value) for name, value in state.items()}
     tensors["generator"] = run.generator.get_state()
     tensors["losses"] = run.losses[: run.step]
-    progress = {"step": run.step, "seconds": run.seconds, "validations": run.validations}
+    progress = {
+        "step": run.step,
+        "timed_steps": run.timed_steps,
+        "seconds": run.seconds,
+        "validations": run.validations,
+    }
     metadata = {
         "format": FORMAT,
         "kind": run.recipe.name,
@@ -326,7 +347,7 @@ def load_checkpoint(path: Path, kind: str) -> tuple[dict[str, Tensor], dict[str,
 def restore(run: Run, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
     """Put a new run of the same configuration where the checkpoint left it."""
     progress = json.loads(metadata["progress"])
-    run.step, run.seconds = progress["step"], progress["seconds"]
+    run.step, run.timed_steps, run.seconds = progress["step"], progress["timed_steps"], progress["seconds"]
     run.validations = [(step, loss) for step, loss in progress["validations"]]
     run.model.load_state_dict({k.removeprefix("model."): t for k, t in tensors.items() if k.startswith("model.")})
     state: dict[int, dict[str, Tensor]] = {}
@@ -401,7 +422,7 @@ def report(run: Run, losses: dict[str, float], samples: list[str], settings: dic
         "parameters": run.parameters,
         "steps": run.step,
         **{f"{name}_loss": loss if math.isfinite(loss) else None for name, loss in losses.items()},
-        "steps_per_second": run.step / run.seconds if run.seconds else None,
+        "steps_per_second": run.steps_per_second,
         "samples": samples,
         "config": asdict(run.config) | settings,
         "versions": {
@@ -512,6 +533,7 @@ def parse_flags(recipe: Recipe, argv: Sequence[str] | None) -> argparse.Namespac
         "--lr", type=rate, metavar="X", help=f"learning rate of the first half (default {defaults.lr:g})"
     )
     size("--seed", 0, 2**63 - 1, "seed of the split, the initial weights, the minibatches and the samples", training)
+    training.add_argument("--compile", action="store_true", help="compile the training step: faster, after a minute")
     training.add_argument(
         "--device", default="cpu", metavar="NAME", help="where to train: cpu, cuda, cuda:1, ... (default cpu)"
     )
@@ -597,19 +619,23 @@ def run_model(recipe: Recipe, args: argparse.Namespace, stop: Stop) -> int:
         if args.save is not None:
             save_checkpoint(run, args.save, data)
 
-    train(run, splits, save, stop)
+    step = TrainStep(run.model, CrossEntropy(), run.optimizer)
+    if args.compile:
+        print("compiling the training step: the first steps take a minute or so", flush=True)
+        step = step.compile()
+    train(run, splits["train"], splits["val"], step, save, stop)
     save()
     losses = {name: evaluate(run.model, split) for name, split in splits.items()}
     samples = sample(run, args.samples, device)
     state = f"stopped after {run.step:,} of {config.steps:,} steps" if stop.asked else f"{run.step:,} steps"
-    speed = f", {run.step / run.seconds:,.0f} steps/s" if run.seconds else ""
+    speed = f", {run.steps_per_second:,.0f} steps/s" if run.steps_per_second else ""
     print("  ".join(f"{name} {loss:.4f}" for name, loss in losses.items()) + f"   ({state}{speed})")
     if args.samples:
         print("samples: " + " ".join(name or "(empty)" for name in samples))
     if args.save is not None:
         print(f"checkpoint: {args.save}")
     if args.report is not None:
-        settings = {"data": str(args.data), "device": str(device), "threads": args.threads}
+        settings = {"data": str(args.data), "device": str(device), "threads": args.threads, "compile": args.compile}
         text = json.dumps(report(run, losses, samples, settings), indent=2, ensure_ascii=False, allow_nan=False)
         write_atomically(args.report, text.encode() + b"\n")
     if args.plot is not None:

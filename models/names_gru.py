@@ -24,7 +24,7 @@ def build(config: names.Config, vocabulary: int, generator: torch.Generator) -> 
     )
 
 
-DEFAULTS = names.Config(block_size=16, embedding_dim=32, hidden_dim=128, steps=20_000, lr=3e-3)
+DEFAULTS = names.Config(block_size=16, embedding_dim=32, hidden_dim=128, steps=8_000, lr=3e-3)
 RECIPE = names.Recipe("names_gru", __doc__, build, DEFAULTS, sequences=True, optimizer=torch.optim.AdamW)
 
 if __name__ == "__main__":

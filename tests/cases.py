@@ -53,6 +53,7 @@ layer(
     lambda slope: hg.LeakyReLU(slope),
     "*N",
     options={"slope": [0.01, 0.3, 1.5]},
+    kinks={0.0: None},
     reference=lambda layer, x: functional.leaky_relu(x, layer.negative_slope),
 )
 layer("SiLU", hg.SiLU, "*N", module=nn.SiLU)
@@ -246,6 +247,87 @@ layer(
 )
 layer("Unroll with a state", lambda D, H: hg.Unroll(hg.LSTMCell(D, H)), ["N T D", ("N H", "N H")])
 layer(
+    "Unroll truncated",
+    lambda D, H: hg.Unroll(hg.GRUCell(D, H), steps=2),
+    "N T D",
+    skip={"differences": "the state handed over every second step counts as a constant"},
+)
+layer(
+    "Unroll over the first dimension",
+    lambda D, H: hg.Unroll(hg.LSTMCell(D, H), 0),
+    "T N D",
+)
+CONVOLUTION = {"stride": [1, 2], "padding": [0, 1, 2], "dilation": [1, 2], "bias": BOTH}
+layer(
+    "Conv1d",
+    lambda C, K, stride, padding, dilation, bias: hg.Conv1d(C, 3, K, stride, padding, dilation, 1, bias),
+    "N C L",
+    sizes={"L": (5, 8), "K": (1, 3), "C": (1, 2)},
+    options=CONVOLUTION,
+    module=lambda C, K, stride, padding, dilation, bias: nn.Conv1d(C, 3, K, stride, padding, dilation, 1, bias),
+)
+layer(
+    "Conv1d in groups",
+    lambda K, stride, padding, dilation, bias: hg.Conv1d(4, 6, K, stride, padding, dilation, 2, bias),
+    "N 4 L",
+    sizes={"L": (5, 8), "K": (1, 3)},
+    options=CONVOLUTION,
+    module=lambda K, stride, padding, dilation, bias: nn.Conv1d(4, 6, K, stride, padding, dilation, 2, bias),
+)
+layer(
+    "Conv1d that keeps the length",
+    lambda K, dilation: hg.Conv1d(2, 3, K, padding="same", dilation=dilation),
+    "2 L",
+    sizes={"L": (3, 8), "K": (1, 4)},
+    options={"dilation": [1, 2, 3]},
+    reference=lambda layer, x: functional.conv1d(
+        functional.pad(x, (_reach(layer) // 2, (_reach(layer) + 1) // 2)),
+        layer.weight,
+        layer.bias,
+        dilation=layer.dilation,
+    ),
+)
+layer(
+    "Conv2d",
+    lambda C, stride, padding, dilation: hg.Conv2d(C, 2, (2, 3), stride, padding, dilation),
+    "N C H W",
+    sizes={"H": (3, 5), "W": (3, 5), "C": (1, 2)},
+    options={"stride": [1, (2, 1), (1, 2)], "padding": [0, 1, (0, 2)], "dilation": [1, (2, 1)]},
+    module=lambda C, stride, padding, dilation: nn.Conv2d(C, 2, (2, 3), stride, padding, dilation),
+)
+layer(
+    "Conv2d in groups",
+    lambda stride, bias: hg.Conv2d(4, 4, (3, 2), stride, 1, groups=2, bias=bias),
+    "4 H W",
+    sizes={"H": (2, 4), "W": (2, 4)},
+    options={"stride": [1, (2, 1)], "bias": BOTH},
+    module=lambda stride, bias: nn.Conv2d(4, 4, (3, 2), stride, 1, groups=2, bias=bias),
+)
+POOL = {"kernel_size": [2, (3, 2)], "stride": [None, 1, (2, 3)], "padding": [0, 1, (1, 0)], "ceil_mode": BOTH}
+layer(
+    "MaxPool2d",
+    lambda kernel_size, stride, padding, ceil_mode: hg.MaxPool2d(kernel_size, stride, padding, 1, ceil_mode),
+    "*N C H W",
+    sizes={"*N": (0, 1), "H": (3, 5), "W": (3, 5)},
+    options=POOL,
+    distinct=True,
+    module=lambda kernel_size, stride, padding, ceil_mode: nn.MaxPool2d(
+        kernel_size, stride, padding, 1, ceil_mode=ceil_mode
+    ),
+)
+layer(
+    "AvgPool2d",
+    lambda kernel_size, stride, padding, ceil_mode, count, divisor: hg.AvgPool2d(
+        kernel_size, stride, padding, ceil_mode, count, divisor
+    ),
+    "*N C H W",
+    sizes={"*N": (0, 1), "H": (3, 5), "W": (3, 5)},
+    options=POOL | {"count": BOTH, "divisor": [None, 3]},
+    module=lambda kernel_size, stride, padding, ceil_mode, count, divisor: nn.AvgPool2d(
+        kernel_size, stride, padding, ceil_mode, count, divisor
+    ),
+)
+layer(
     "Sequential",
     lambda D, H, K: hg.Sequential(hg.Linear(D, H), hg.Tanh(), hg.Linear(H, K)),
     "*N D",
@@ -376,6 +458,10 @@ OPTIMIZERS["SGD"] = Case(
 
 def _class_weights(classes: int) -> torch.Tensor:
     return torch.linspace(0.5, 2, classes)
+
+
+def _reach(conv: hg.Conv1d) -> int:
+    return conv.dilation[0] * (conv.kernel_size[0] - 1)
 
 
 def _rnn(cell: hg.RNNCell, x: torch.Tensor) -> torch.Tensor:

@@ -2,29 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 import inspect
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 import handgrad
-
-
-def _load(name: str):
-    """A module beside this file: under --import-mode=importlib, tests cannot import each other by name."""
-    full = f"handgrad_tests_{name}"
-    if full not in sys.modules:
-        spec = importlib.util.spec_from_file_location(full, Path(__file__).with_name(f"{name}.py"))
-        assert spec is not None and spec.loader is not None  # noqa: PT018  # one fact, said to mypy
-        sys.modules[full] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[full])
-    return sys.modules[full]
-
-
-CASES, OPTIMIZERS = _load("cases").CASES, _load("cases").OPTIMIZERS
+from tests.cases import CASES, OPTIMIZERS
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -65,7 +65,6 @@ def test_two_runs_with_one_seed_are_identical(tmp_path: Path, data: Path) -> Non
         result = script("--data", data, "--steps", 200, "--save", tmp_path / name)
         outputs.append(result.stdout.replace(str(tmp_path / name), "").split("(200 steps")[0])
     assert outputs[0] == outputs[1]
-    assert (tmp_path / "a").stat().st_size == (tmp_path / "b").stat().st_size
     assert equal_checkpoints(tmp_path / "a", tmp_path / "b")
     script("--data", data, "--steps", 200, "--seed", 43, "--save", tmp_path / "c")
     assert not equal_checkpoints(tmp_path / "a", tmp_path / "c")

@@ -94,8 +94,8 @@ class ReLU(Layer):
 
     def backward(self, dout: Tensor) -> Tensor:
         (out,) = self.pop(dout)
-        # out = max(x, 0); out <= 0 and not its opposite, so that a NaN passes its dout on
-        return dout.masked_fill(out <= 0, 0)
+        # out = max(x, 0): the slope, 1 or 0, is written as a number at once (a mask of bools is several times slower)
+        return torch.ne(out, 0, out=torch.empty_like(out)).mul_(dout)
 
 
 class LeakyReLU(Layer):
@@ -126,7 +126,8 @@ class LeakyReLU(Layer):
     def backward(self, dout: Tensor) -> Tensor:
         (x,) = self.pop(dout)
         # out = x where x > 0, else negative_slope x
-        return torch.where(x > 0, dout, dout * self.negative_slope)
+        dx = torch.gt(x, 0, out=torch.empty_like(x)).mul_(dout)  # dout or 0
+        return dx.lerp_(dout, self.negative_slope)  # dx + negative_slope (dout - dx)
 
     def extra_repr(self) -> str:
         return f"{self.negative_slope}"
@@ -159,8 +160,8 @@ class SiLU(Layer):
         (x,) = self.pop(dout)
         # out = x s
         s = torch.sigmoid(x)
-        dx: Tensor = 1 - s
-        return dx.mul_(x).add_(1).mul_(s).mul_(dout)
+        dx = torch.addcmul(x, x, s, value=-1)  # x (1 - s)
+        return dx.add_(1).mul_(s).mul_(dout)
 
 
 class GELU(Layer):
@@ -247,8 +248,9 @@ class Softmax(Layer):
     def backward(self, dout: Tensor) -> Tensor:
         (out,) = self.pop(dout)
         # out_c = exp(x_c) / sum_k exp(x_k)
-        weighted: Tensor = dout * out
-        return torch.addcmul(weighted, out, weighted.sum(self.dim, keepdim=True), value=-1)
+        dx: Tensor = dout * out
+        total = dx.sum(self.dim, keepdim=True)
+        return torch.sub(dout, total, out=dx).mul_(out)
 
     def extra_repr(self) -> str:
         return f"dim={self.dim}"
@@ -283,7 +285,8 @@ class LogSoftmax(Layer):
     def backward(self, dout: Tensor) -> Tensor:
         (out,) = self.pop(dout)
         # out_c = x_c - log sum_k exp(x_k)
-        return torch.addcmul(dout, out.exp(), dout.sum(self.dim, keepdim=True), value=-1)
+        dx: Tensor = out.exp()
+        return torch.sub(dout, dx.mul_(dout.sum(self.dim, keepdim=True)), out=dx)
 
     def extra_repr(self) -> str:
         return f"dim={self.dim}"

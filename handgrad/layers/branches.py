@@ -70,7 +70,7 @@ class Residual(Layer):
 
     def forward(self, x: Tensor) -> Tensor:
         self.check_input(x)
-        y = _forward(self.body, "body", x)
+        y = _call(self.body, "body", x)
         _same_form(self, {"x": x, "body": y})
         out: Tensor = x + y
         self.push(out=out)
@@ -79,7 +79,7 @@ class Residual(Layer):
     def backward(self, dout: Tensor, need_dx: bool = True) -> Tensor | None:
         self.pop(dout)
         # out = x + body(x)
-        dx = _backward(self.body, "body", dout, need_dx)
+        dx = _call_back(self.body, "body", dout, need_dx)
         return dout + dx if need_dx else None
 
     def __repr__(self) -> str:
@@ -116,13 +116,13 @@ class Branches(Layer):
 
     def _forward_each(self, x: Any) -> list[Any]:
         """Every body's output for the same x."""
-        return [_forward(body, str(i), x) for i, body in enumerate(self.bodies)]
+        return [_call(body, str(i), x) for i, body in enumerate(self.bodies)]
 
     def _backward_each(self, douts: list[Any], need_dx: bool) -> list[Any]:
         """Every body's dx for its own dout, last body first: the latest record is the first to be taken."""
         dxs: list[Any] = [None] * len(douts)
         for i in range(len(douts) - 1, -1, -1):
-            dxs[i] = _backward(self.bodies[i], str(i), douts[i], need_dx)
+            dxs[i] = _call_back(self.bodies[i], str(i), douts[i], need_dx)
         return dxs
 
 
@@ -260,7 +260,7 @@ class Parallel(Branches):
             came = f"{len(x)} of them" if isinstance(x, (tuple, list)) else type(x).__name__
             problem = f"x must be a tuple of {len(self.bodies)} inputs, one a body, got {came}"
             raise self.error(ShapeError, "forward", problem)
-        out = tuple([_forward(body, str(i), x[i]) for i, body in enumerate(self.bodies)])
+        out = tuple([_call(body, str(i), x[i]) for i, body in enumerate(self.bodies)])
         self.push(out=out)
         return out
 
@@ -270,7 +270,7 @@ class Parallel(Branches):
         return tuple(dxs) if need_dx else None
 
 
-def _forward(body: Layer, step: str, x: Any) -> Any:
+def _call(body: Layer, step: str, x: Any) -> Any:
     try:
         return body.forward(x)
     except Exception as error:
@@ -278,7 +278,7 @@ def _forward(body: Layer, step: str, x: Any) -> Any:
         raise
 
 
-def _backward(body: Layer, step: str, dout: Any, need_dx: bool) -> Any:
+def _call_back(body: Layer, step: str, dout: Any, need_dx: bool) -> Any:
     try:
         return body.backward(dout) if need_dx or not body.takes_need_dx else body.backward(dout, need_dx=False)
     except Exception as error:

@@ -31,12 +31,11 @@ class Flatten(Layer):
 
     def forward(self, x: Tensor) -> Tensor:
         self.check_input(x)
-        dims, start, end = x.dim() or 1, self.start_dim, self.end_dim
-        start, end = start + dims if start < 0 else start, end + dims if end < 0 else end
-        if not 0 <= start <= end < dims:
+        try:
+            out = x.flatten(self.start_dim, self.end_dim)
+        except (IndexError, RuntimeError):
             problem = f"x must have dimensions {self.start_dim} to {self.end_dim} in order, got shape {tuple(x.shape)}"
-            raise self.error(ShapeError, "forward", problem)
-        out = x.flatten(start, end)
+            raise self.error(ShapeError, "forward", problem) from None
         self.push(x.shape, out=out)
         return out
 

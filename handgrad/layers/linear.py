@@ -78,14 +78,15 @@ class Linear(Layer):
 
     def backward(self, dout: Tensor, need_dx: bool = True) -> Tensor | None:
         x, weight = self.pop(dout)
-        shape = x.shape
-        if dout.dim() != 2:
-            x, dout = x.reshape(-1, self.in_features), dout.reshape(-1, self.out_features)
+        if x.dim() == 2:
+            x2, dout2 = x, dout
+        else:
+            x2, dout2 = x.reshape(-1, self.in_features), dout.reshape(-1, self.out_features)
         # out = x @ weight.T + bias
-        self.add_grad(weight, dout.t().mm(x))  # (D_out, D_in)
+        self.add_grad(weight, dout2.t().mm(x2))  # (D_out, D_in)
         if self.bias is not None:
-            self.add_grad(self.bias, dout.sum(0))  # (D_out,)
-        return dout.mm(weight).view(shape) if need_dx else None  # (..., D_in)
+            self.add_grad(self.bias, dout2.sum(0))  # (D_out,)
+        return dout @ weight if need_dx else None  # (..., D_in)
 
     def extra_repr(self) -> str:
         return f"{self.in_features} -> {self.out_features}" + ("" if self.bias is not None else ", bias=False")

@@ -63,19 +63,20 @@ class LayerNorm(Layer):
 
     def backward(self, dout: Tensor, need_dx: bool = True) -> Tensor | None:
         x, mean, rstd, weight = self.pop(dout)
-        lead, dims = _dims(x, self.normalized_shape)
+        rows, n = rstd.numel(), math.prod(self.normalized_shape)
         xhat: Tensor = torch.sub(x, mean).mul_(rstd)
         # out = xhat weight + bias
+        product = dout * xhat
         if weight is not None:
-            self.add_grad(weight, (dout * xhat).reshape(lead, *weight.shape).sum(0))
+            self.add_grad(weight, product.reshape(rows, n).sum(0).view_as(weight))
         if self.bias is not None:
-            self.add_grad(self.bias, dout.reshape(lead, *self.bias.shape).sum(0))
+            self.add_grad(self.bias, dout.reshape(rows, n).sum(0).view_as(self.bias))
         if not need_dx:
             return None
-        dxhat = dout if weight is None else dout * weight
         # xhat = (x - mean) rstd
-        through_var = (dxhat * xhat).mean(dims, keepdim=True)  # avg(dxhat xhat), one a sample
-        through_mean = dxhat.mean(dims, keepdim=True)
+        through_var = _average(product, n, weight, rstd)  # avg(dxhat xhat), one a sample
+        through_mean = _average(dout, n, weight, rstd)  # avg(dxhat)
+        dxhat = dout if weight is None else torch.mul(dout, weight, out=product)
         dx = xhat.mul_(through_var).add_(through_mean)
         return torch.sub(dxhat, dx, out=dx).mul_(rstd)
 
@@ -121,7 +122,7 @@ class RMSNorm(Layer):
 
     def forward(self, x: Tensor) -> Tensor:
         _check(self, x, self.normalized_shape, self.weight)
-        _, dims = _dims(x, self.normalized_shape)
+        dims = tuple(range(-len(self.normalized_shape), 0))
         eps = torch.finfo(x.dtype).eps if self.eps is None else self.eps
         rstd = ((x * x).mean(dims, keepdim=True) + eps).rsqrt()  # one a sample
         out = x * rstd if self.weight is None else x * rstd * self.weight
@@ -130,16 +131,17 @@ class RMSNorm(Layer):
 
     def backward(self, dout: Tensor, need_dx: bool = True) -> Tensor | None:
         x, rstd, weight = self.pop(dout)
-        lead, dims = _dims(x, self.normalized_shape)
+        rows, n = rstd.numel(), math.prod(self.normalized_shape)
         xhat: Tensor = x * rstd
         # out = xhat weight
+        product = dout * xhat
         if weight is not None:
-            self.add_grad(weight, (dout * xhat).reshape(lead, *weight.shape).sum(0))
+            self.add_grad(weight, product.reshape(rows, n).sum(0).view_as(weight))
         if not need_dx:
             return None
-        dxhat = dout if weight is None else dout * weight
         # xhat = x rstd
-        through_rstd = (dxhat * xhat).mean(dims, keepdim=True)  # avg(dxhat xhat), one a sample
+        through_rstd = _average(product, n, weight, rstd)  # avg(dxhat xhat), one a sample
+        dxhat = dout if weight is None else torch.mul(dout, weight, out=product)
         dx = xhat.mul_(through_rstd)
         return torch.sub(dxhat, dx, out=dx).mul_(rstd)
 
@@ -163,9 +165,11 @@ def _check(layer: Layer, x: Tensor, shape: tuple[int, ...], weight: Tensor | Non
         raise layer.error(ShapeError, "forward", f"{last} of x must be {wanted}, got shape {tuple(x.shape)}")
 
 
-def _dims(x: Tensor, shape: tuple[int, ...]) -> tuple[int, tuple[int, ...]]:
-    """How many samples x holds, and the dimensions of one of them."""
-    return math.prod(x.shape[: -len(shape)]), tuple(range(-len(shape), 0))
+def _average(x: Tensor, n: int, weight: Tensor | None, like: Tensor) -> Tensor:
+    """The mean of x, times weight if there is one, over each sample of n; shaped like `like`: one value a sample."""
+    x = x.reshape(like.numel(), n)
+    average: Tensor = x.mean(1) if weight is None else (x @ weight.reshape(n)).div_(n)
+    return average.view_as(like)
 
 
 def _sizes(shape: tuple[int, ...]) -> str:

@@ -65,33 +65,32 @@ class LinearCrossEntropy(Loss):
         self._check(x, target)
         weight, bias = self.linear.weight, self.linear.bias
         rows, y = x.reshape(-1, x.shape[-1]), target.reshape(-1)
-        used = y != self.ignore_index
-        y = y.where(used, 0)
+        used = self._used(y)  # None where every row is
+        y = y if used is None else y.where(used, 0)
         lses, losses = [], []
         for a, b in self._chunks(len(y)):
             z = linear(rows[a:b], weight, bias)  # (chunk, V)
             lses.append(z.logsumexp(1))
             losses.append(lses[-1] - z.gather(1, y[a:b, None])[:, 0])
         lse = torch.cat(lses) if lses else rows.new_zeros(0)
-        loss = torch.cat(losses).where(used, 0) if losses else rows.sum(1)
-        share = None
+        loss = torch.cat(losses) if losses else rows.sum(1)
+        if used is not None:
+            loss = loss.where(used, 0)
         if self.reduction == "none":
             out = loss.reshape(target.shape)
         elif self.reduction == "sum":
             out = loss.sum()
         else:
-            n = used.sum()
-            out = loss.sum() / n
-            share = 1 / n.clamp_min(1).to(x.dtype)
-        self.push(x, y, used, lse, share, weight, bias, out=out)
+            out = loss.sum() / (len(y) if used is None else used.sum())
+        self.push(x, y, used, lse, weight, bias, out=out)
         return out
 
     def backward(self, dout: Tensor | None = None, need_dx: bool = True) -> Tensor | None:
-        x, y, used, lse, share, weight, bias = self.pop(dout)
+        x, y, used, lse, weight, bias = self.pop(dout)
         rows = x.reshape(-1, x.shape[-1])
-        dloss = used.to(x.dtype)  # (rows,)
-        if share is not None:
-            dloss.mul_(share)
+        dloss = x.new_ones(len(y)) if used is None else used.to(x.dtype)
+        if self.reduction == "mean":
+            dloss.div_(dloss.sum().clamp_min_(1))
         if dout is not None:
             dloss.mul_(dout.reshape(-1))
         dx = torch.empty_like(rows) if need_dx else None
@@ -118,19 +117,28 @@ class LinearCrossEntropy(Loss):
 
     def _check(self, x: Tensor, target: Tensor) -> None:
         self.check_input(x, self.linear.weight.dtype)
-        D, V = self.linear.in_features, self.linear.out_features
+        D = self.linear.in_features
         if not isinstance(target, Tensor) or target.dtype is not torch.int64:
             came = target.dtype if isinstance(target, Tensor) else type(target).__name__
             raise self.error(DtypeError, "forward", f"target must be an int64 tensor of class indices, got {came}")
         if x.dim() == 0 or x.shape[-1] != D or target.shape != x.shape[:-1]:
             problem = f"x must be (..., {D}) and target (...), got {tuple(x.shape)} and {tuple(target.shape)}"
             raise self.error(ShapeError, "forward", problem)
+
+    def _used(self, y: Tensor) -> Tensor | None:
+        """Which rows are not ignored, or None for all of them; labels that are no class are refused."""
+        V, used = self.linear.out_features, None
         if torch.compiler.is_compiling():
-            return
-        wrong = target[(target != self.ignore_index) & ((target < 0) | (target >= V))]
-        if wrong.numel():
-            problem = f"targets must be in 0..{V - 1} or ignore_index={self.ignore_index}, got {int(wrong[0])}"
-            raise self.error(IndexRangeError, "forward", problem)
+            return y != self.ignore_index
+        low, high = (int(limit) for limit in y.aminmax()) if len(y) else (0, 0)
+        if low <= self.ignore_index <= high:
+            used = y != self.ignore_index
+        if low < 0 or high >= V:
+            wrong = y[(y != self.ignore_index) & ((y < 0) | (y >= V))]
+            if len(wrong):
+                problem = f"targets must be in 0..{V - 1} or ignore_index={self.ignore_index}, got {int(wrong[0])}"
+                raise self.error(IndexRangeError, "forward", problem)
+        return used
 
     def extra_repr(self) -> str:
         changes = [self.linear.extra_repr() if self.linear.bias is None else f"{self.linear.extra_repr()}, bias=True"]

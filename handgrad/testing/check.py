@@ -40,7 +40,7 @@ def check_layer(
     ranges: Mapping[str, tuple[float, float]] | None = None,
     reference: Callable[..., Any] | None = None,
     module: Callable[..., torch.nn.Module] | None = None,
-    kinks: Mapping[float, float] | None = None,
+    kinks: Mapping[float, float | None] | None = None,
     distinct: bool = False,
     oracle: str = "autograd",
     skip: Mapping[str, str] | None = None,
@@ -60,7 +60,8 @@ def check_layer(
     reference   the same function by other means: of the inputs, or of the layer and the inputs if its first argument
                 is called `layer`. It also catches a wrong forward.
     module      like make, but makes the equal torch.nn.Module; its buffers are compared, too.
-    kinks       where an elementwise function has none or two slopes, and which one backward gives: ``{0.0: 0.0}``.
+    kinks       where an elementwise function has none or two slopes, and which one backward gives: ``{0.0: 0.0}``;
+                None for the one that the oracle gives. Elsewhere, values keep away from kinks.
     distinct    draw no two equal numbers in one input (maxima, sorting).
     oracle      "differences" to judge by finite differences, for a forward that hides from autograd.
     skip        properties not to check, each with the reason; also "sensitivity", and "differences" where the gradient

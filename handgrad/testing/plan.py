@@ -52,7 +52,7 @@ class Plan:
     options: Mapping[str, Any] = field(default_factory=dict)
     sizes: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     ranges: Mapping[str, tuple[float, float]] = field(default_factory=dict)
-    kinks: Mapping[float, float] = field(default_factory=dict)
+    kinks: Mapping[float, float | None] = field(default_factory=dict)
     reference: Callable[..., Any] | None = None
     module: Callable[..., torch.nn.Module] | None = None
     differences: bool = False

@@ -42,7 +42,8 @@ def test_constant_and_extreme_rows_stay_finite(layer):
     dout = torch.randn(4, 4)
     reference(leaf).backward(dout)
     torch.testing.assert_close(layer(x), reference(x).detach(), rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(layer.backward(dout), leaf.grad, rtol=1e-3, atol=1e-3)
+    scale = float(leaf.grad.abs().max())  # a constant row has rstd = 316 and nothing but rounding for xhat
+    torch.testing.assert_close(layer.backward(dout), leaf.grad, rtol=1e-3, atol=1e-3 * scale)
 
 
 def test_no_parameters_need_no_dx():

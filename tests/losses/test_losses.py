@@ -150,6 +150,18 @@ def test_a_head_tied_to_the_embedding_is_one_parameter():
     torch.testing.assert_close(embedding.weight.grad, leaf.grad)
 
 
+def test_a_train_step_clears_the_gradients_of_the_loss_too():
+    """Else they would add up from step to step."""
+    torch.manual_seed(0)
+    embedding, loss = Embedding(5, 3), LinearCrossEntropy(3, 5)
+    params = [*embedding.parameters(), *loss.parameters()]
+    step, x = TrainStep(embedding, loss, SGD(params, lr=0.0)), torch.tensor([1, 4, 4])
+    step(x, x)
+    first = loss.linear.weight.grad.clone()
+    step(x, x)
+    assert torch.equal(loss.linear.weight.grad, first)
+
+
 def test_losses_train():
     for loss, target in ((MSE(), torch.ones(4, 3)), (BCEWithLogits(), torch.ones(4, 3))):
         model = Embedding(6, 3)

@@ -1,4 +1,4 @@
-"""Which method notices which planted fault: ``python tests/testing/planted.py --write benchmarks/faults``."""
+"""Which method notices which planted fault: ``python -m tests.testing.planted --write benchmarks/faults``."""
 
 from __future__ import annotations
 
@@ -13,16 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-HERE = Path(__file__).parent
-sys.path[:0] = [str(HERE), str(HERE.parent), str(HERE.parent.parent)]
-
-from cases import CASES, OPTIMIZERS  # noqa: E402  # found by the path above
-from faults import FAULTS, Fault  # noqa: E402
-
-import handgrad as hg  # noqa: E402
-from handgrad.errors import HandgradError  # noqa: E402
-from handgrad.testing import CheckFailure  # noqa: E402
-from handgrad.testing.mutate import patched, quick  # noqa: E402
+import handgrad as hg
+from handgrad.errors import HandgradError
+from handgrad.testing import CheckFailure
+from handgrad.testing.mutate import patched, quick
+from tests.cases import CASES, OPTIMIZERS
+from tests.testing.faults import FAULTS, Fault
 
 METHODS = ("handgrad", "y.sum()", "random dout", "gradcheck")
 
@@ -156,7 +152,7 @@ def main() -> int:
     if given.write:
         head = "# Planted faults, and who notices them\n\n"
         how = (
-            "Made by `python tests/testing/planted.py --write benchmarks/faults`. `handgrad`: the property that fails "
+            "Made by `python -m tests.testing.planted --write benchmarks/faults`. `handgrad`: the property that fails "
             "in the layer's own `check_layer`. The other three take one ordinary sample and the parameters that the\n"
             "constructor gives: `y.sum()` and one random dout compare with autograd, `gradcheck` wraps the layer in an "
             "`autograd.Function`. A word on losses: `y.sum()` of a scalar loss is the plain `loss.backward()`.\n\n"

@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from collections import Counter
-from pathlib import Path
 
 import pytest
+import torch
 
-spec = importlib.util.spec_from_file_location("handgrad_planted", Path(__file__).with_name("planted.py"))
-assert spec is not None
-planted = importlib.util.module_from_spec(spec)
-sys.modules[spec.name] = planted
-spec.loader.exec_module(planted)
+from tests.testing import planted
 
 
 @pytest.mark.parametrize("fault", planted.FAULTS, ids=lambda f: f"{f.layer.__name__}: {f.name}")
@@ -34,7 +28,6 @@ def test_every_layer_of_the_names_model_has_six_faults():
 def test_one_random_dout_misses_what_the_properties_find():
     """The table's other columns mean something: an ordinary check misses a fault of reuse and finds one of value."""
     by_name = {fault.name: fault for fault in planted.FAULTS}
-    import torch
 
     assert not planted.one_pass(by_name["looks at the record without taking it"], torch.randn_like)
     assert planted.one_pass(by_name["dbias averaged"], torch.randn_like)

@@ -2,19 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
-from pathlib import Path
-
 import pytest
 
 from handgrad.testing import ContractError, GradientMismatch, check_layer
-
-spec = importlib.util.spec_from_file_location("handgrad_strangers", Path(__file__).with_name("strangers.py"))
-assert spec is not None
-strangers = importlib.util.module_from_spec(spec)
-sys.modules[spec.name] = strangers
-spec.loader.exec_module(strangers)
+from tests.testing import strangers
 
 
 def silu(layer):

@@ -1,0 +1,128 @@
+"""One training step of each names model, sampling included, beside the same model in torch.nn under autograd.
+
+Run it from the root of the project: ``python benchmarks/models.py --json benchmarks/results/models.json``.
+Before anything is timed, the two take a few steps in float64 and must agree on every parameter.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "models"))
+
+import names
+import twins
+
+from handgrad import CrossEntropy, TrainStep
+from handgrad.bench import environment, interleave, ratio
+from handgrad.bench.timing import timed
+
+
+class Contenders:
+    """A model and its twin, with the same weights, data and optimizer; each call takes one step."""
+
+    def __init__(self, name: str, people: list[str]) -> None:
+        self.recipe, make_twin = twins.TWINS[name]
+        config, vocabulary = self.recipe.defaults, names.Vocabulary.of(people)
+        self.data = self.recipe.split(people, vocabulary, config.block_size, torch.device("cpu"))
+        self.config, self.generator = config, torch.Generator().manual_seed(1)
+        self.model = self.recipe.build(config, len(vocabulary), self.generator)
+        self.twin = make_twin(config, len(vocabulary))
+        twins.load(self.twin, self.model)
+        self.ready()
+
+    def ready(self) -> None:
+        """Make the optimizers."""
+        self.step = TrainStep(
+            self.model, CrossEntropy(), self.recipe.optimizer(self.model.parameters(), self.config.lr)
+        )
+        kind = torch.optim.AdamW if self.recipe.optimizer is torch.optim.AdamW else torch.optim.SGD
+        self.optimizer = kind(self.twin.parameters(), lr=self.config.lr)
+
+    def by_hand(self) -> None:
+        """A step of handgrad."""
+        self.step(*names.minibatch(self.data, self.config.batch_size, self.generator))
+
+    def by_autograd(self) -> None:
+        """A step of torch.nn."""
+        x, y = names.minibatch(self.data, self.config.batch_size, self.generator)
+        loss = nn.functional.cross_entropy(self.twin(x), y)
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+
+    def agree(self) -> float:
+        """The largest difference between the two after five steps on the same data in float64."""
+        other = copy.deepcopy(self)
+        other.model.to(torch.float64)
+        other.twin.double()
+        other.ready()
+        start = other.generator.get_state()
+        for call in (other.by_hand, other.by_autograd):
+            other.generator.set_state(start)
+            for _ in range(5):
+                call()
+        pairs = zip(other.model.state_dict().values(), other.twin.state_dict().values())
+        return max(float((ours - theirs).abs().max()) for ours, theirs in pairs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Contenders:
+        """Everything but the generator, which takes no deep copy, and the optimizers, which are made anew."""
+        twin = object.__new__(Contenders)
+        twin.recipe, twin.config, twin.data = self.recipe, self.config, self.data
+        twin.model, twin.twin = copy.deepcopy(self.model), copy.deepcopy(self.twin)
+        twin.generator = torch.Generator().manual_seed(2)
+        return twin
+
+
+def main() -> int:
+    """Measure, print the table, write the JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", default=",".join(twins.TWINS), help="which (default: all)")
+    parser.add_argument("--seconds", type=float, default=20.0, help="time for each model (default 20)")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads (default 1)")
+    parser.add_argument("--json", type=Path, metavar="PATH", help="write the results here")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    people = names.read_names(names.DATA)
+    rows: dict[str, dict[str, Any]] = {}
+    for name in tqdm(args.models.split(","), disable=None, unit="model"):
+        contenders = Contenders(name, people)
+        difference = contenders.agree()
+        if not difference < 1e-6:
+            print(f"{name}: handgrad and torch.nn differ by {difference:.1e} after five steps", file=sys.stderr)
+            return 1
+        times = interleave(
+            {"handgrad": timed(contenders.by_hand), "autograd": timed(contenders.by_autograd)}, seconds=args.seconds
+        )
+        faster = ratio(times["handgrad"].rounds(), times["autograd"].rounds())
+        rows[name] = {
+            "parameters": sum(p.numel() for p in contenders.model.parameters()),
+            "handgrad_us": 1e6 * times["handgrad"].median(),
+            "autograd_us": 1e6 * times["autograd"].median(),
+            "ratio": faster.value,
+            "ratio_low": faster.low,
+            "ratio_high": faster.high,
+            "difference_float64": difference,
+        }
+    print(f"{'model':<10}{'parameters':>12}{'handgrad us':>14}{'autograd us':>14}   autograd / handgrad (95 %)")
+    for name, row in rows.items():
+        interval = f"{row['ratio_low']:.2f} to {row['ratio_high']:.2f}"
+        speeds = f"{row['handgrad_us']:>14,.0f}{row['autograd_us']:>14,.0f}"
+        print(f"{name:<10}{row['parameters']:>12,}{speeds}   {row['ratio']:.2f} ({interval})")
+    if args.json is not None:
+        text = json.dumps({"environment": environment(), "models": rows}, indent=2)
+        args.json.write_text(text + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,135 @@
+"""``python -m handgrad.bench``: layers against autograd, from the shell."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from handgrad.bench.cases import CASES, Case, case_of
+from handgrad.bench.compare import Comparison, compare
+from handgrad.bench.environment import environment
+from handgrad.bench.report import as_dict, head, lines, plot, write_json
+from handgrad.errors import HandgradError
+
+SIZES = "32x64,256x512,4096x1024"
+DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
+
+
+def parser() -> argparse.ArgumentParser:
+    """The flags."""
+    p = argparse.ArgumentParser(
+        prog="python -m handgrad.bench",
+        description="Time layers, forward and backward, against the equal torch module under autograd. The contenders "
+        "take turns, so a busy machine slows both. Results are compared first.",
+    )
+    p.add_argument(
+        "--layer", action="append", help="a layer of handgrad, or module:Class; may be given again (default: every one)"
+    )
+    p.add_argument("--against", help="module:Class to compare with, for a --layer that is not one of handgrad's")
+    p.add_argument("--sizes", type=_sizes, default=_sizes(SIZES), help=f"rows x columns, ... (default: {SIZES})")
+    p.add_argument("--dtype", choices=DTYPES, default="float32", help="(default: float32)")
+    p.add_argument("--threads", type=int, default=1, help="threads of torch (default: 1)")
+    p.add_argument("--compiled", action="store_true", help="the torch module under torch.compile, too")
+    p.add_argument("--seconds", type=float, default=1.0, help="for each layer and size, more if needed (default: 1)")
+    p.add_argument("--json", type=Path, help="write the results to this file")
+    p.add_argument("--plot", type=Path, help="draw the results to this PNG file; needs matplotlib")
+    return p
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the comparisons; 2 for bad arguments, 1 where a result is wrong."""
+    p = parser()
+    args = p.parse_args(argv)
+    try:
+        cases = _cases(args.layer, args.against)
+    except (ValueError, ImportError, AttributeError) as error:
+        p.error(str(error))
+    if args.threads < 1:
+        p.error(f"--threads must be at least 1, got {args.threads}")
+    before = torch.get_num_threads()
+    torch.set_num_threads(args.threads)
+    try:
+        results = run(cases, args.sizes, DTYPES[args.dtype], args.compiled, args.seconds)
+    except HandgradError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    else:
+        if args.json:
+            write_json(args.json, [as_dict(r) for r in results], dtype=args.dtype)
+        if args.plot:
+            plot(args.plot, results, f"{args.dtype}, {args.threads} thread(s), {environment()['machine']}")
+    finally:
+        torch.set_num_threads(before)
+    return 0
+
+
+def run(
+    cases: Sequence[Case],
+    sizes: Sequence[tuple[int, int]],
+    dtype: torch.dtype = torch.float32,
+    compiled: bool = False,
+    seconds: float = 1.0,
+) -> list[Comparison]:
+    """Compare the cases at all sizes, printing each result when it is there."""
+    env = environment()
+    print(f"{env['machine']}, torch {env['torch']}, {env['threads']} thread(s), {str(dtype).removeprefix('torch.')}")
+    print(head())
+    results: list[Comparison] = []
+    todo = [(case, size) for case in cases for size in sizes if case.fits(*size)]
+    for i, (case, size) in enumerate(todo):
+        _progress(f"{i + 1} of {len(todo)}: {case.name} {size[0]}x{size[1]}")
+        torch.manual_seed(0)
+        results.append(compare(case, size, dtype, compiled=compiled, seconds=seconds))
+        _progress("")
+        print(lines(results[-1]), flush=True)
+    logs = [math.log(r.entries["autograd"].ratio.value) for r in results if r.entries["autograd"].ratio]
+    if logs:
+        print(f"geometric mean of autograd / handgrad: {math.exp(sum(logs) / len(logs)):.2f}")
+    return results
+
+
+def _cases(layers: Sequence[str] | None, against: str | None) -> list[Case]:
+    if against is not None:
+        if not layers or len(layers) != 1:
+            raise ValueError("--against needs exactly one --layer")
+        ours = CASES[layers[0]].ours if layers[0] in CASES else None
+        return [case_of(ours or _load(layers[0]), _load(against))]
+    for name in layers or ():
+        if name not in CASES:
+            raise ValueError(f"--layer {name}: give --against module:Class with it, or one of {', '.join(CASES)}")
+    return [CASES[name] for name in layers or CASES]
+
+
+def _load(text: str) -> Any:
+    module, found, name = text.partition(":")
+    if not found:
+        raise ValueError(f"expected module:Class, such as torch.nn:SiLU, got {text!r}")
+    return getattr(importlib.import_module(module), name)
+
+
+def _sizes(text: str) -> list[tuple[int, int]]:
+    sizes = []
+    for part in text.split(","):
+        rows, found, columns = part.partition("x")
+        if not (found and rows.isdigit() and columns.isdigit() and int(rows) and int(columns)):
+            raise argparse.ArgumentTypeError(f"expected sizes such as 32x64,256x512, got {text!r}")
+        sizes.append((int(rows), int(columns)))
+    return sizes
+
+
+def _progress(text: str) -> None:
+    """A line that the next one replaces, where somebody looks on."""
+    if sys.stderr.isatty():
+        print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, "")  # a layer of one's own, in the directory where one stands
+    sys.exit(main())

@@ -1,0 +1,91 @@
+"""What a forward keeps for its backward, and how much memory the two need at the most."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from handgrad.layer import Layer
+
+
+def recorded_bytes(model: Layer) -> int:
+    """The bytes that the forwards waiting for their backward hold: each memory once, parameters and buffers apart."""
+    own = _addresses(model.state_dict().values())
+    saved = (t for _, layer in model.named_layers() for record in layer._records for t in _tensors(record[0]))
+    return _bytes(saved, own)
+
+
+def saved_bytes(forward: Callable[[], Any], apart: Iterable[Tensor]) -> int:
+    """The bytes that autograd saves in `forward`: each memory once, that of the tensors `apart` not counted."""
+    saved: list[Tensor] = []
+
+    def pack(t: Tensor) -> Tensor:
+        saved.append(t)
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        out = forward()
+    total = _bytes(saved, _addresses(apart))
+    del out
+    return total
+
+
+def peak_bytes(run: Callable[[], Any]) -> int:
+    """The most bytes that tensors made within `run` held at one moment, as seen between any two operations.
+
+    What a kernel takes for itself meanwhile is not seen.
+    """
+    watch = _Watch()
+    with watch:
+        run()
+    return watch.peak
+
+
+class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Follow every memory from the operation that makes it until it is freed."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.now = self.peak = 0
+        self.known: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = {t.untyped_storage().data_ptr() for t in _tensors((args, kwargs))}
+        out = func(*args, **(kwargs or {}))
+        for t in _tensors(out):
+            storage = t.untyped_storage()
+            address, size = storage.data_ptr(), storage.nbytes()
+            if size and address not in given and address not in self.known:
+                self.known.add(address)
+                self.now += size
+                self.peak = max(self.peak, self.now)
+                weakref.finalize(storage, self._freed, address, size)
+        return out
+
+    def _freed(self, address: int, size: int) -> None:
+        self.known.discard(address)
+        self.now -= size
+
+
+def _tensors(thing: Any) -> Iterator[Tensor]:
+    if isinstance(thing, Tensor):
+        yield thing
+    elif isinstance(thing, (tuple, list)):
+        for item in thing:
+            yield from _tensors(item)
+    elif isinstance(thing, dict):
+        yield from _tensors(list(thing.values()))
+
+
+def _addresses(tensors: Iterable[Tensor]) -> set[int]:
+    return {t.untyped_storage().data_ptr() for t in tensors}
+
+
+def _bytes(tensors: Iterable[Tensor], apart: set[int]) -> int:
+    sizes = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    return sum(size for address, size in sizes.items() if address not in apart)

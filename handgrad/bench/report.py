@@ -1,0 +1,136 @@
+"""Results as a table for people, JSON for machines, and a chart."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from handgrad.bench.compare import Comparison
+from handgrad.bench.environment import environment
+
+WIDTHS = (18, 9, 8, 7, 8, 7, 6, 13, 7, 7)
+HEAD = ("layer", "size", "by", "forward", "backward", "both", "spread", "handgrad is", "record", "peak")
+
+
+def seconds_text(seconds: float) -> str:
+    """A time in the unit that suits it.
+
+    >>> seconds_text(2.5e-6), seconds_text(0.0123), seconds_text(3)
+    ('2.5 us', '12.3 ms', '3.0 s')
+    """
+    for unit, size in (("us", 1e-6), ("ms", 1e-3)):
+        if seconds < 999.95 * size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.1f} s"
+
+
+def bytes_text(count: int | None) -> str:
+    """A number of bytes in the unit that suits it.
+
+    >>> bytes_text(512), bytes_text(4 << 20), bytes_text(None)
+    ('512 B', '4.0 MB', '-')
+    """
+    if count is None:
+        return "-"
+    for unit, size in (("B", 1), ("KB", 1 << 10), ("MB", 1 << 20)):
+        if count < 1000 * size:
+            return f"{count / size:.{0 if unit == 'B' else 1}f} {unit}"
+    return f"{count / (1 << 30):.1f} GB"
+
+
+def table(rows: Sequence[Sequence[str]], align: str) -> str:
+    """Rows of text in columns, each aligned l(eft) or r(ight)."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(align))]
+    return "\n".join(_line(row, widths, align) for row in rows)
+
+
+def head() -> str:
+    """The two top lines of the comparisons' table."""
+    return _line(HEAD, WIDTHS, "lllrrrrlrr") + "\n" + "-" * (sum(WIDTHS) + len(WIDTHS) - 1)
+
+
+def lines(result: Comparison) -> str:
+    """The lines of one comparison; under 100 columns wide."""
+    rows: list[str] = []
+    name, size = result.name, f"{result.size[0]}x{result.size[1]}"
+    for by, entry in result.entries.items():
+        t = entry.times
+        numbers = (seconds_text(t.median(0)), seconds_text(t.median(1)), seconds_text(t.median()))
+        verdict = entry.ratio.verdict if entry.ratio else ""
+        memory = (bytes_text(entry.recorded), bytes_text(entry.peak))
+        texts = (name, size, by, *numbers, f"{t.spread():.0%}", verdict, *memory)
+        rows.append(_line([text.replace(" ", "") if 3 <= i <= 5 or i >= 8 else text for i, text in enumerate(texts)]))
+        name = size = ""
+    return "\n".join(rows)
+
+
+def as_dict(result: Comparison) -> dict[str, Any]:
+    """One comparison as JSON keeps it: seconds and bytes."""
+    entries = {}
+    for by, entry in result.entries.items():
+        t = entry.times
+        values: dict[str, Any] = {
+            "forward": t.median(0),
+            "backward": t.median(1),
+            "both": t.median(),
+            "spread": t.spread(),
+            "rounds": len(t.rounds()),
+            "recorded_bytes": entry.recorded,
+            "peak_bytes": entry.peak,
+        }
+        if entry.ratio:
+            names = ("both", "forward", "backward")
+            values["ratio"] = {n: list(r) for n, r in zip(names, (entry.ratio, *entry.ratios))}
+        entries[by] = values
+    return {"layer": result.name, "size": list(result.size), "by": entries}
+
+
+def write_json(path: Path, results: Iterable[Any], **more: Any) -> None:
+    """Write results with what they were measured on."""
+    path.write_text(json.dumps({"environment": environment(), **more, "results": list(results)}, indent=1) + "\n")
+
+
+def plot(path: Path, results: Sequence[Comparison], title: str) -> None:
+    """A bar a layer and size: how many times the time of handgrad autograd takes, forward and backward together.
+
+    Needs matplotlib.
+    """
+    import matplotlib as mpl
+
+    mpl.use("agg")
+    from matplotlib import pyplot as plt
+
+    names = list(dict.fromkeys(r.name for r in results))
+    sizes = list(dict.fromkeys(r.size for r in results))
+    figure, axes = plt.subplots(figsize=(9, 1.2 + 0.2 * len(sizes) * len(names)), layout="constrained")
+    height = 0.8 / len(sizes)
+    for i, size in enumerate(sizes):
+        found = [(names.index(r.name), r.entries["autograd"].ratio) for r in results if r.size == size]
+        bars = [(at, r) for at, r in found if r is not None]
+        axes.barh(
+            [at + (i - (len(sizes) - 1) / 2) * height for at, _ in bars],
+            [r.value for _, r in bars],
+            height,
+            xerr=[[r.value - r.low for _, r in bars], [r.high - r.value for _, r in bars]],
+            label=f"{size[0]} x {size[1]}",
+            error_kw={"lw": 0.8},
+        )
+    axes.axvline(1, color="black", lw=1)
+    axes.set_yticks(range(len(names)), names)
+    axes.invert_yaxis()
+    axes.set_xscale("log")
+    ticks = [0.25, 0.5, 1, 2, 4, 8]
+    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.minorticks_off()
+    axes.set_xlabel("time of autograd / time of handgrad, forward and backward (right of 1: handgrad is faster)")
+    axes.set_title(title)
+    axes.legend()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def _line(row: Sequence[str], widths: Sequence[int] = WIDTHS, align: str = "lllrrrrlrr") -> str:
+    cells = [cell.ljust(width) if a == "l" else cell.rjust(width) for cell, width, a in zip(row, widths, align)]
+    return " ".join(cells).rstrip()

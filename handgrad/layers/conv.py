@@ -1,0 +1,182 @@
+"""Convolutions."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from handgrad.errors import ArgumentError, ShapeError
+from handgrad.layer import Layer, parameter
+
+
+class Conv1d(Layer):
+    """Convolution over one dimension (the cross-correlation that is called so).
+
+    Forward:   with s = stride, p = padding, d = dilation, and x counted as 0 outside,
+               out[n, o, t] = bias[o] + sum_{c, k} weight[o, c, k] x[n, c, s t + d k - p]
+               With `groups` G, the channels of x and of out are cut into G runs, and out's run g reads x's run g only.
+    Shapes:    x (N, C_in, L), or without N; weight (C_out, C_in/G, K); bias (C_out,); out (N, C_out, L_out) likewise,
+               L_out = floor((L + 2p - d (K - 1) - 1)/s) + 1. padding="same" keeps L (s = 1; the odd zero goes last).
+    Backward:  out[n, o, t] reads x[n, c, u] with u = s t + d k - p, so each dout goes back there with the same weight:
+               dx[n, c, u] = sum_{o, k, t: s t + d k - p = u} weight[o, c, k] dout[n, o, t]: the transposed convolution
+               dweight[o, c, k] = sum_{n, t} dout[n, o, t] x[n, c, s t + d k - p]: again a convolution of x, with dout
+               as its kernel, the batch in the channels' place, and stride and dilation exchanged
+               dbias[o] = sum_{n, t} dout[n, o, t]
+    Recorded:  x, weight
+    Raises:    ArgumentError; ShapeError, also where x is shorter than the kernel reaches; DtypeError; StateError.
+    Source:    Dumoulin and Visin 2016, arXiv:1603.07285. Initialisation as in torch.nn.Conv1d.
+
+    >>> layer = Conv1d(2, 3, kernel_size=4, stride=2, padding=1)
+    >>> layer
+    Conv1d(2 -> 3, kernel_size=(4,), stride=(2,), padding=(1,))
+    >>> layer(torch.zeros(5, 2, 8)).shape
+    torch.Size([5, 3, 4])
+    >>> layer.backward(torch.zeros(5, 3, 4)).shape
+    torch.Size([5, 2, 8])
+    """
+
+    weight: Tensor = parameter("C_out", "C_in/groups", "*K")
+    bias: Tensor | None = parameter("C_out")
+    dims: ClassVar[int] = 1  # how many dimensions it runs over
+    conv: ClassVar[Callable[..., Tensor]] = staticmethod(functional.conv1d)
+    conv_transpose: ClassVar[Callable[..., Tensor]] = staticmethod(functional.conv_transpose1d)
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, ...],
+        stride: int | tuple[int, ...] = 1,
+        padding: int | tuple[int, ...] | str = 0,
+        dilation: int | tuple[int, ...] = 1,
+        groups: int = 1,
+        bias: bool = True,
+        *,
+        generator: torch.Generator | None = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        if min(in_channels, out_channels, groups) < 1 or in_channels % groups or out_channels % groups:
+            raise self._argument(f"groups must divide the channels, got {groups} for {in_channels} -> {out_channels}")
+        self.in_channels, self.out_channels, self.groups = in_channels, out_channels, groups
+        self.kernel_size = self._sizes("kernel_size", kernel_size, 1)
+        self.stride, self.dilation = self._sizes("stride", stride, 1), self._sizes("dilation", dilation, 1)
+        self.extra: list[int] = []  # zeros after x, by functional.pad, where both sides cannot have as many
+        if isinstance(padding, str):
+            self.padding = self._named_padding(padding)
+        else:
+            self.padding = self._sizes("padding", padding, 0)
+        self.weight = torch.empty(out_channels, in_channels // groups, *self.kernel_size, dtype=dtype, device=device)
+        self.bias = self.weight.new_empty(out_channels) if bias else None
+        bound = 1 / math.sqrt(self.weight[0].numel())
+        for param in (self.weight, self.bias):
+            if param is not None:
+                param.uniform_(-bound, bound, generator=generator)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self._check(x)
+        x = functional.pad(x, self.extra) if self.extra else x
+        out = self.conv(x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
+        self.push(x, self.weight, out=out)
+        return out
+
+    def backward(self, dout: Tensor, need_dx: bool = True) -> Tensor | None:
+        x, weight = self.pop(dout)
+        batched = x.dim() == self.dims + 2
+        rows, drows = (x, dout) if batched else (x.unsqueeze(0), dout.unsqueeze(0))
+        # out[o, t] = bias[o] + sum weight[o, c, k] x[c, s t + d k - p]
+        self.add_grad(weight, self._dweight(rows, drows))
+        if self.bias is not None:
+            self.add_grad(self.bias, drows.sum([0, *range(2, drows.dim())]))
+        if not need_dx:
+            return None
+        rest = [  # what the stride left unread at the end of x
+            (size + 2 * p - d * (k - 1) - 1) % s
+            for size, k, s, p, d in zip(
+                x.shape[-self.dims :], self.kernel_size, self.stride, self.padding, self.dilation
+            )
+        ]
+        dx = self.conv_transpose(dout, weight, None, self.stride, self.padding, rest, self.groups, self.dilation)
+        return functional.pad(dx, [-n for n in self.extra]) if self.extra else dx
+
+    def _dweight(self, x: Tensor, dout: Tensor) -> Tensor:
+        if x.numel() == 0:
+            return torch.zeros_like(self.weight)
+        G = self.groups
+        # channels in the batch's place, the batch in the channels', run by run
+        x = torch.unflatten(x, 1, (G, -1)).transpose(0, 2).flatten(1, 2)  # (C_in/G, G N, ...)
+        dout = torch.unflatten(dout, 1, (G, -1)).movedim(0, 2).flatten(0, 1)  # (C_out, N, ...)
+        dweight = self.conv(x, dout, None, self.dilation, self.padding, self.stride, G)  # (C_in/G, C_out, K or more)
+        for dim, k in enumerate(self.kernel_size):
+            dweight = dweight.narrow(dim + 2, 0, k)
+        return dweight.transpose(0, 1).contiguous()
+
+    def _check(self, x: Tensor) -> None:
+        self.check_input(x, self.weight.dtype)
+        if x.dim() not in (self.dims + 1, self.dims + 2) or x.shape[-self.dims - 1] != self.in_channels:
+            form = f"{self.in_channels}, " + ", ".join("L" if self.dims == 1 else "HW")
+            problem = f"x must be (N, {form}) or ({form}), got shape {tuple(x.shape)}"
+            raise self.error(ShapeError, "forward", problem)
+        reach = [max(d * (k - 1) + 1 - 2 * p, 1) for k, d, p in zip(self.kernel_size, self.dilation, self.padding)]
+        extra = self.extra[-1::-2] or [0] * self.dims
+        if any(size + more < least for size, more, least in zip(x.shape[-self.dims :], extra, reach)):
+            problem = (
+                f"x must have sizes of at least {tuple(reach)} for one step of the kernel, got shape {tuple(x.shape)}"
+            )
+            raise self.error(ShapeError, "forward", problem)
+
+    def _named_padding(self, padding: str) -> tuple[int, ...]:
+        if padding not in ("same", "valid"):
+            raise self._argument(f"padding must be numbers, 'same' or 'valid', got {padding!r}")
+        if padding == "valid":
+            return (0,) * self.dims
+        if any(s != 1 for s in self.stride):
+            raise self._argument(f"padding='same' needs stride 1, got {self.stride}")
+        reach = [d * (k - 1) for k, d in zip(self.kernel_size, self.dilation)]
+        if any(r % 2 for r in reach):
+            self.extra = [n for r in reversed(reach) for n in (0, r % 2)]
+        return tuple(r // 2 for r in reach)
+
+    def _sizes(self, name: str, value: int | tuple[int, ...], least: int) -> tuple[int, ...]:
+        sizes = (value,) * self.dims if isinstance(value, int) else tuple(value)
+        if len(sizes) != self.dims or min(sizes) < least:
+            raise self._argument(f"{name} must be {self.dims} number(s) of at least {least}, got {value}")
+        return sizes
+
+    def _argument(self, problem: str) -> ArgumentError:
+        return ArgumentError(f"{type(self).__name__}: {problem}")
+
+    def extra_repr(self) -> str:
+        defaults: dict[str, Any] = {"stride": (1,) * self.dims, "padding": (0,) * self.dims}
+        defaults |= {"dilation": (1,) * self.dims, "groups": 1}
+        changes = [f", {k}={getattr(self, k)}" for k, default in defaults.items() if getattr(self, k) != default]
+        head = f"{self.in_channels} -> {self.out_channels}, kernel_size={self.kernel_size}"
+        return head + "".join(changes) + ("" if self.bias is not None else ", bias=False")
+
+
+class Conv2d(Conv1d):
+    """Convolution over two dimensions: Conv1d with every position, size and step a pair.
+
+    Forward:   out[n, o, t] = bias[o] + sum_{c, k} weight[o, c, k] x[n, c, s t + d k - p],  t, k, s, d, p pairs
+    Shapes:    x (N, C_in, H, W) or (C_in, H, W); weight (C_out, C_in/G, K_h, K_w); bias (C_out,); out likewise, with
+               H_out = floor((H + 2p - d (K - 1) - 1)/s) + 1 and W_out the same
+    Backward:  as in Conv1d: dx the transposed convolution, dweight the convolution of x with dout
+    Recorded:  x, weight
+    Raises:    as Conv1d
+    Source:    as Conv1d; initialisation as in torch.nn.Conv2d.
+
+    >>> layer = Conv2d(2, 3, kernel_size=3, padding="same")
+    >>> layer(torch.zeros(5, 2, 8, 6)).shape
+    torch.Size([5, 3, 8, 6])
+    >>> layer.backward(torch.zeros(5, 3, 8, 6)).shape
+    torch.Size([5, 2, 8, 6])
+    """
+
+    dims: ClassVar[int] = 2
+    conv: ClassVar[Callable[..., Tensor]] = staticmethod(functional.conv2d)
+    conv_transpose: ClassVar[Callable[..., Tensor]] = staticmethod(functional.conv_transpose2d)

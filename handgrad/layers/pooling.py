@@ -1,0 +1,181 @@
+"""Pooling over windows of an image."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from handgrad.errors import ArgumentError, ShapeError
+from handgrad.layer import Layer
+
+
+class MaxPool2d(Layer):
+    """The maximum of each window.
+
+    Forward:   with s = stride, p = padding, d = dilation, positions in pairs, and x counted as -inf outside,
+               out[n, c, t] = max_k x[n, c, s t + d k - p],  k over the window; stride is kernel_size by default
+    Shapes:    x (N, C, H, W) or (C, H, W); out likewise, with H_out = floor((H + 2p - d (K - 1) - 1)/s) + 1, rounded up
+               with `ceil_mode` as long as the last window starts inside
+    Backward:  out[n, c, t] is one element of x, the first of the largest; index[n, c, t] says which. Its slope is 1 and
+               every other's 0, hence dx[n, c, u] = sum of dout[n, c, t] over the t with index[n, c, t] = u
+    Recorded:  index, the shape of x
+    Raises:    ArgumentError; ShapeError where x is smaller than a window; DtypeError; StateError.
+
+    >>> layer = MaxPool2d(2)
+    >>> layer(torch.tensor([[[1.0, 2.0], [4.0, 3.0]]]))
+    tensor([[[4.]]])
+    >>> layer.backward(torch.tensor([[[10.0]]]))
+    tensor([[[ 0.,  0.],
+             [10.,  0.]]])
+    """
+
+    def __init__(
+        self,
+        kernel_size: int | tuple[int, int],
+        stride: int | tuple[int, int] | None = None,
+        padding: int | tuple[int, int] = 0,
+        dilation: int | tuple[int, int] = 1,
+        ceil_mode: bool = False,
+    ) -> None:
+        self.kernel_size = _pair("MaxPool2d", "kernel_size", kernel_size, 1)
+        self.stride = self.kernel_size if stride is None else _pair("MaxPool2d", "stride", stride, 1)
+        self.padding = _padding("MaxPool2d", padding, self.kernel_size)
+        self.dilation, self.ceil_mode = _pair("MaxPool2d", "dilation", dilation, 1), ceil_mode
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.check_input(x)
+        reach = [d * (k - 1) + 1 - 2 * p for k, d, p in zip(self.kernel_size, self.dilation, self.padding)]
+        _check(self, x, reach)
+        out, index = functional.max_pool2d_with_indices(
+            x, self.kernel_size, self.stride, self.padding, self.dilation, self.ceil_mode
+        )
+        self.push(index, x.shape, out=out)
+        return out
+
+    def backward(self, dout: Tensor) -> Tensor:
+        index, shape = self.pop(dout)
+        # out[t] = x[index[t]], x flat over its last two dimensions
+        dx = dout.new_zeros(*shape[:-2], shape[-2] * shape[-1])
+        return dx.scatter_add_(-1, index.flatten(-2), dout.flatten(-2)).view(shape)
+
+    def extra_repr(self) -> str:
+        changes = "" if self.dilation == (1, 1) else f", dilation={self.dilation}"
+        return _describe(self.kernel_size, self.stride, self.padding, self.ceil_mode) + changes
+
+
+class AvgPool2d(Layer):
+    """The mean of each window.
+
+    Forward:   with s = stride, p = padding, positions in pairs, and x counted as 0 outside,
+               out[n, c, t] = sum_k x[n, c, s t + k - p] / size[t],  k over the window; stride is kernel_size by default
+               size[t] is the number of positions of the window inside x and its padding, or inside x alone where not
+               `count_include_pad`, or `divisor_override`
+    Shapes:    x (N, C, H, W) or (C, H, W); out likewise, with H_out = floor((H + 2p - K)/s) + 1, rounded up with
+               `ceil_mode` as long as the last window starts inside
+    Backward:  each x[u] has the slope 1/size[t] in every window t that covers it, hence
+               dx[n, c, u] = sum over the (t, k) with s t + k - p = u of dout[n, c, t] / size[t]
+    Recorded:  the shape of x
+    Raises:    ArgumentError; ShapeError where x is smaller than a window; DtypeError; StateError.
+
+    >>> layer = AvgPool2d(2)
+    >>> layer(torch.tensor([[[1.0, 2.0], [4.0, 3.0]]]))
+    tensor([[[2.5000]]])
+    >>> layer.backward(torch.tensor([[[10.0]]]))
+    tensor([[[2.5000, 2.5000],
+             [2.5000, 2.5000]]])
+    """
+
+    def __init__(
+        self,
+        kernel_size: int | tuple[int, int],
+        stride: int | tuple[int, int] | None = None,
+        padding: int | tuple[int, int] = 0,
+        ceil_mode: bool = False,
+        count_include_pad: bool = True,
+        divisor_override: int | None = None,
+    ) -> None:
+        self.kernel_size = _pair("AvgPool2d", "kernel_size", kernel_size, 1)
+        self.stride = self.kernel_size if stride is None else _pair("AvgPool2d", "stride", stride, 1)
+        self.padding = _padding("AvgPool2d", padding, self.kernel_size)
+        self.ceil_mode, self.count_include_pad, self.divisor_override = ceil_mode, count_include_pad, divisor_override
+        if divisor_override == 0:
+            raise ArgumentError("AvgPool2d: divisor_override must not be 0")
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.check_input(x)
+        _check(self, x, [k - 2 * p for k, p in zip(self.kernel_size, self.padding)])
+        out = functional.avg_pool2d(
+            x,
+            self.kernel_size,
+            self.stride,
+            self.padding,
+            self.ceil_mode,
+            self.count_include_pad,
+            self.divisor_override,
+        )
+        self.push(x.shape, out=out)
+        return out
+
+    def backward(self, dout: Tensor) -> Tensor:
+        (shape,) = self.pop(dout)
+        (kh, kw), (sh, sw), (ph, pw) = self.kernel_size, self.stride, self.padding
+        (H, W), (T, U) = shape[-2:], dout.shape[-2:]
+        share = dout / self._size(shape, dout)
+        # out[t, u] = sum x[s t + k - p] / size[t, u]: position k of every window at once, in padded coordinates
+        dx = dout.new_zeros(*shape[:-2], max(H + 2 * ph, sh * (T - 1) + kh), max(W + 2 * pw, sw * (U - 1) + kw))
+        for i in range(kh):
+            for j in range(kw):
+                dx[..., i : i + sh * (T - 1) + 1 : sh, j : j + sw * (U - 1) + 1 : sw] += share
+        return dx[..., ph : ph + H, pw : pw + W].contiguous()
+
+    def _size(self, shape: torch.Size, dout: Tensor) -> Tensor | int:
+        """How many positions of each window count: rows times columns."""
+        if self.divisor_override is not None:
+            return self.divisor_override
+        sizes = []
+        for dim, (k, s, p) in enumerate(zip(self.kernel_size, self.stride, self.padding), start=-2):
+            start = torch.arange(dout.shape[dim], device=dout.device) * s - p
+            end = (start + k).clamp_max(shape[dim] + p)
+            if not self.count_include_pad:
+                start, end = start.clamp_min(0), end.clamp_max(shape[dim])
+            sizes.append((end - start).to(dout.dtype))
+        return torch.outer(sizes[0], sizes[1])
+
+    def extra_repr(self) -> str:
+        changes = "" if self.count_include_pad else ", count_include_pad=False"
+        if self.divisor_override is not None:
+            changes += f", divisor_override={self.divisor_override}"
+        return _describe(self.kernel_size, self.stride, self.padding, self.ceil_mode) + changes
+
+
+def _pair(kind: str, name: str, value: int | tuple[int, int], least: int) -> tuple[int, int]:
+    pair = (value, value) if isinstance(value, int) else tuple(value)
+    if len(pair) != 2 or min(pair) < least:
+        raise ArgumentError(f"{kind}: {name} must be one or two numbers of at least {least}, got {value}")
+    return pair[0], pair[1]
+
+
+def _padding(kind: str, value: int | tuple[int, int], kernel_size: tuple[int, int]) -> tuple[int, int]:
+    padding = _pair(kind, "padding", value, 0)
+    if any(2 * p > k for p, k in zip(padding, kernel_size)):
+        raise ArgumentError(f"{kind}: padding must be at most half of kernel_size, got {padding} for {kernel_size}")
+    return padding
+
+
+def _check(layer: Layer, x: Tensor, least: list[int]) -> None:
+    if x.dim() not in (3, 4) or x.shape[-3] == 0:
+        problem = f"x must be (N, C, H, W) or (C, H, W) with C at least 1, got shape {tuple(x.shape)}"
+        raise layer.error(ShapeError, "forward", problem)
+    if any(size < max(n, 1) for size, n in zip(x.shape[-2:], least)):
+        problem = (
+            f"x must be at least {max(least[0], 1)} by {max(least[1], 1)} for one window, got shape {tuple(x.shape)}"
+        )
+        raise layer.error(ShapeError, "forward", problem)
+
+
+def _describe(kernel_size: tuple[int, int], stride: tuple[int, int], padding: tuple[int, int], ceil_mode: bool) -> str:
+    parts = [f"kernel_size={kernel_size}"]
+    parts += [] if stride == kernel_size else [f"stride={stride}"]
+    parts += [] if padding == (0, 0) else [f"padding={padding}"]
+    return ", ".join([*parts, *(["ceil_mode=True"] if ceil_mode else [])])

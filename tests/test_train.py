@@ -1,0 +1,247 @@
+"""TrainStep: the same result as the steps written out, eager, many at once, and compiled."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from handgrad import (
+    SGD,
+    ArgumentError,
+    BatchNorm1d,
+    CompileError,
+    CrossEntropy,
+    Embedding,
+    Flatten,
+    IndexRangeError,
+    Layer,
+    Linear,
+    Sequential,
+    ShapeError,
+    StateError,
+    Tanh,
+    TrainStep,
+)
+
+STEPS, BATCH, VOCABULARY = 7, 6, 5
+
+
+def make_model(seed: int = 0) -> Sequential:
+    g = torch.Generator().manual_seed(seed)
+    layers = Embedding(VOCABULARY, 3, generator=g), Flatten(), Linear(6, 8, generator=g), BatchNorm1d(8), Tanh()
+    return Sequential(*layers, Linear(8, VOCABULARY, generator=g)).to(torch.float64)
+
+
+def make_data(steps: int = STEPS, batch: int = BATCH) -> tuple[Tensor, Tensor]:
+    g = torch.Generator().manual_seed(1)
+    xs = torch.randint(VOCABULARY, (steps, batch, 2), generator=g)
+    return xs, torch.randint(VOCABULARY, (steps, batch), generator=g)
+
+
+def make_step(model: Layer, make_optimizer: Callable[..., torch.optim.Optimizer] = SGD, **options: Any) -> TrainStep:
+    return TrainStep(model, CrossEntropy(), make_optimizer(model.parameters(), **{"lr": 0.1, **options}))
+
+
+def assert_same_state(a: Layer, b: Layer, exact: bool = False) -> None:
+    tolerance = {"rtol": 0, "atol": 0} if exact else {"rtol": 1e-10, "atol": 1e-12}
+    torch.testing.assert_close(a.state_dict(), b.state_dict(), **tolerance)
+
+
+def test_a_step_is_forward_loss_backward_and_update():
+    a, b = make_model(), make_model()
+    xs, targets = make_data()
+    step, loss = make_step(a, momentum=0.9), CrossEntropy()
+    optimizer = SGD(b.parameters(), lr=0.1, momentum=0.9)
+    for x, target in zip(xs, targets):
+        value = step(x, target)
+        expected = loss(b(x), target)
+        b.zero_grad()
+        b.backward(loss.backward())
+        optimizer.step()
+        assert value == expected
+    assert_same_state(a, b, exact=True)
+    for p, q in zip(a.parameters(), b.parameters()):
+        assert torch.equal(p.grad, q.grad)  # they stay after the update
+
+
+def test_many_is_the_steps_in_a_row_exactly():
+    a, b = make_model(), make_model()
+    xs, targets = make_data()
+    one, many = make_step(a), make_step(b)
+    expected = [one(x, target) for x, target in zip(xs, targets)]
+    assert torch.equal(torch.stack(expected), many.many(xs, targets))
+    assert_same_state(a, b, exact=True)
+
+
+@pytest.mark.parametrize("counts", [(2, 3), (0, 0)])
+def test_many_refuses_unequal_or_no_minibatches(counts):
+    xs, targets = make_data()
+    with pytest.raises(ShapeError, match="xs and targets must hold K minibatches each"):
+        make_step(make_model()).many(xs[: counts[0]], targets[: counts[1]])
+
+
+def test_a_loss_without_reduction_is_refused():
+    model = make_model()
+    with pytest.raises(ArgumentError, match="the loss must be one number"):
+        TrainStep(model, CrossEntropy(reduction="none"), SGD(model.parameters()))
+
+
+def test_leftover_records_are_refused_and_the_message_says_what_to_do():
+    model = make_model()
+    step, (xs, targets) = make_step(model), make_data()
+    model(xs[0])
+    with pytest.raises(StateError, match=r"1 earlier forward.* evaluate under torch.no_grad"):
+        step(xs[0], targets[0])
+    model.drop_records()
+    step(xs[0], targets[0])
+
+
+def test_an_error_leaves_no_record_behind():
+    model = make_model()
+    step, (xs, targets) = make_step(model), make_data()
+    with pytest.raises(ShapeError):
+        step(xs[0], targets[0, 1:])
+    assert model.pending == 0
+    step(xs[0], targets[0])
+
+
+def test_a_step_under_no_grad_is_refused():
+    step, (xs, targets) = make_step(make_model()), make_data()
+    with torch.no_grad(), pytest.raises(StateError, match=r"outside torch.no_grad"):
+        step(xs[0], targets[0])
+
+
+def test_hooks_of_the_optimizer_run():
+    model = make_model()
+    step, (xs, targets), seen = make_step(model), make_data(), []
+    step.optimizer.register_step_post_hook(lambda *_: seen.append("own"))
+    step(xs[0], targets[0])
+    handle = register_optimizer_step_post_hook(lambda *_: seen.append("global"))
+    step(xs[1], targets[1])
+    handle.remove()
+    assert seen == ["own", "own", "global"]
+
+
+def test_a_subclass_of_sgd_keeps_its_own_step():
+    class Loud(SGD):
+        def step(self, closure=None):
+            seen.append(1)
+            return super().step(closure)
+
+    seen: list[int] = []
+    step, (xs, targets) = make_step(make_model(), Loud), make_data()
+    step(xs[0], targets[0])
+    assert seen == [1]
+
+
+def test_an_lr_scheduler_sees_the_steps():
+    model = make_model()
+    step, (xs, targets) = make_step(model), make_data()
+    scheduler = torch.optim.lr_scheduler.StepLR(step.optimizer, 1, gamma=0.5)
+    step(xs[0], targets[0])
+    scheduler.step()  # warns, and so fails, unless it knows of the step
+    assert step.optimizer.param_groups[0]["lr"] == 0.05
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # torch's own, when inductor is imported
+class TestCompiled:
+    """The graphs of `compile()`; each shape and option compiles anew, so the cases are few."""
+
+    @pytest.mark.parametrize(
+        "options",
+        [{}, {"momentum": 0.9, "dampening": 0.5, "weight_decay": 0.1}, {"momentum": 0.9, "nesterov": True}],
+        ids=["plain", "momentum", "nesterov"],
+    )
+    def test_many_equals_eager_with_a_remainder_and_an_lr_change(self, options):
+        a, b = make_model(), make_model()
+        xs, targets = make_data()
+        eager, compiled = make_step(a, **options), make_step(b, **options).compile(chunk=2)
+        for lr, part in ((0.1, slice(0, 5)), (0.01, slice(5, 7))):
+            for step in (eager, compiled):
+                step.optimizer.param_groups[0]["lr"] = lr
+            expected, got = (step.many(xs[part], targets[part]) for step in (eager, compiled))
+            torch.testing.assert_close(got, expected)
+        assert_same_state(b, a)
+        for p, q in zip(a.parameters(), b.parameters()):
+            torch.testing.assert_close(q.grad, p.grad)
+
+    def test_one_graph_serves_every_lr_and_evaluation_in_between(self):
+        a, b = make_model(), make_model()
+        xs, targets = make_data()
+        eager, compiled = make_step(a), make_step(b).compile()
+        schedulers = [torch.optim.lr_scheduler.ExponentialLR(s.optimizer, 0.7) for s in (eager, compiled)]
+        torch._dynamo.reset()  # or a graph of an earlier test would do
+        torch._dynamo.utils.counters.clear()
+        for x, target in zip(xs, targets):
+            torch.testing.assert_close(compiled(x, target), eager(x, target))
+            for scheduler in schedulers:
+                scheduler.step()
+            for model in (a, b):
+                model.eval()
+                with torch.no_grad():
+                    model(xs[0])
+                model.train()
+        assert_same_state(b, a)
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+    def test_another_batch_size_works(self):
+        a, b = make_model(), make_model()
+        eager, compiled = make_step(a), make_step(b).compile()
+        for batch in (6, 4, 6):
+            xs, targets = make_data(1, batch)
+            torch.testing.assert_close(compiled(xs[0], targets[0]), eager(xs[0], targets[0]))
+        assert_same_state(b, a)
+
+    def test_an_optimizer_of_torch_does_its_own_update(self):
+        a, b = make_model(), make_model()
+        xs, targets = make_data(3)
+        options = {"make_optimizer": torch.optim.AdamW, "eps": 1e-3}  # or it would magnify the noise of a zero gradient
+        eager, compiled = make_step(a, **options), make_step(b, **options).compile()
+        torch.testing.assert_close(compiled.many(xs, targets), eager.many(xs, targets))
+        assert_same_state(b, a)
+
+    @pytest.mark.parametrize(("where", "index"), [("x", -1), ("x", VOCABULARY), ("target", -1), ("target", VOCABULARY)])
+    def test_an_index_out_of_range_is_an_error(self, where, index):
+        model = make_model()
+        step, (xs, targets) = make_step(model).compile(chunk=2), make_data(2)
+        step.many(xs, targets)
+        step(xs[0], targets[0])
+        (xs if where == "x" else targets)[1].view(-1)[0] = index
+        before = {name: t.clone() for name, t in model.state_dict().items()}
+        with pytest.raises(IndexRangeError, match="lies outside its table"):
+            step(xs[1], targets[1])
+        torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+        with pytest.raises(IndexRangeError, match="lies outside its table"):
+            step.many(xs, targets)
+
+    def test_leftover_records_are_refused(self):
+        model = make_model()
+        step, (xs, targets) = make_step(model).compile(), make_data()
+        step(xs[0], targets[0])
+        model(xs[0])
+        with pytest.raises(StateError, match=r"1 earlier forward"):
+            step(xs[0], targets[0])
+
+    def test_no_grad_is_refused(self):
+        step, (xs, targets) = make_step(make_model()).compile(), make_data()
+        with torch.no_grad(), pytest.raises(StateError, match=r"outside torch.no_grad"):
+            step(xs[0], targets[0])
+
+    def test_without_a_compiler_the_error_says_what_to_do(self, monkeypatch):
+        from torch._inductor import cpp_builder
+
+        def missing():
+            raise RuntimeError("no compiler")
+
+        monkeypatch.setattr(cpp_builder, "get_cpp_compiler", missing)
+        with pytest.raises(CompileError, match=r"C\+\+ compiler must be installed.*or use the step without compile"):
+            make_step(make_model()).compile()
+
+    def test_the_chunk_must_hold_a_step(self):
+        with pytest.raises(ArgumentError, match="chunk must be at least 1, got 0"):
+            make_step(make_model()).compile(chunk=0)
