@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional
 
 import handgrad as hg
-from handgrad.testing import check_layer, check_loss
+from handgrad.testing import check_layer, check_loss, check_optimizer
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,7 @@ class Case:
 
 
 CASES: dict[str, Case] = {}
+OPTIMIZERS: dict[str, Case] = {}
 
 
 def layer(name: str, make: Callable[..., Any], x: Any, **keywords: Any) -> None:
@@ -52,6 +53,7 @@ layer(
     lambda slope: hg.LeakyReLU(slope),
     "*N",
     options={"slope": [0.01, 0.3, 1.5]},
+    kinks={0.0: None},
     reference=lambda layer, x: functional.leaky_relu(x, layer.negative_slope),
 )
 layer("SiLU", hg.SiLU, "*N", module=nn.SiLU)
@@ -440,6 +442,23 @@ loss(
         reduction=reduction,
         pos_weight=2 * _class_weights(D) if weighted else None,
     ),
+)
+
+OPTIMIZERS["SGD"] = Case(
+    hg.SGD,
+    check_optimizer,
+    (hg.SGD, torch.optim.SGD),
+    {
+        "options": {
+            "lr": [0.1, 1.0],
+            "momentum": [0.9, 0.0, 0.5],
+            "dampening": [0.0, 0.3],
+            "weight_decay": [0.0, 0.2],
+            "nesterov": BOTH,
+            "maximize": BOTH,
+        },
+        "refuses": lambda v: v["nesterov"] and (v["momentum"] == 0 or v["dampening"] != 0),
+    },
 )
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import handgrad
-from tests.cases import CASES
+from tests.cases import CASES, OPTIMIZERS
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -30,4 +30,10 @@ def test_every_public_optimizer_is_checked():
     """What is public and steps must be in the optimizers' own checks."""
     public = [getattr(handgrad, name) for name in handgrad.__all__]
     optimizers = {c for c in public if inspect.isclass(c) and issubclass(c, torch.optim.Optimizer)}
-    assert optimizers == {handgrad.SGD}
+    assert optimizers == {case.covers for case in OPTIMIZERS.values()}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_every_step_of(name):
+    """An optimizer goes where its reference goes."""
+    assert OPTIMIZERS[name].run() > 5

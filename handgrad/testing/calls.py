@@ -28,6 +28,11 @@ class Result:
     buffers: dict[str, Tensor] = field(default_factory=dict)
 
 
+def _own(tensors: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Copies, so that a layer that writes into them spoils no example; a layout that a copy would lose stays."""
+    return tuple(t.clone() if t.is_contiguous() else t for t in tensors)
+
+
 def check_contract(layer: Any) -> None:
     """Raise ContractError unless the object has a forward and a backward of its own."""
     for method in ("forward", "backward"):
@@ -38,6 +43,7 @@ def check_contract(layer: Any) -> None:
 def run(layer: Any, inputs: tuple[Any, ...], douts: tuple[Tensor, ...], seed: int = 0) -> Result:
     """Forward and backward on a copy of the layer, with the random draws of `seed`."""
     twin = subject.clone(layer)
+    inputs, douts = _own(inputs), _own(douts)
     with subject.private_rng(seed), torch.enable_grad():
         outs = forward(twin, inputs)
         dx = backward(twin, inputs, douts)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -39,7 +40,7 @@ def check_layer(
     ranges: Mapping[str, tuple[float, float]] | None = None,
     reference: Callable[..., Any] | None = None,
     module: Callable[..., torch.nn.Module] | None = None,
-    kinks: Mapping[float, float] | None = None,
+    kinks: Mapping[float, float | None] | None = None,
     distinct: bool = False,
     oracle: str = "autograd",
     skip: Mapping[str, str] | None = None,
@@ -59,7 +60,8 @@ def check_layer(
     reference   the same function by other means: of the inputs, or of the layer and the inputs if its first argument
                 is called `layer`. It also catches a wrong forward.
     module      like make, but makes the equal torch.nn.Module; its buffers are compared, too.
-    kinks       where an elementwise function has none or two slopes, and which one backward gives: ``{0.0: 0.0}``.
+    kinks       where an elementwise function has none or two slopes, and which one backward gives: ``{0.0: 0.0}``;
+                None for the one that the oracle gives. Elsewhere, values keep away from kinks.
     distinct    draw no two equal numbers in one input (maxima, sorting).
     oracle      "differences" to judge by finite differences, for a forward that hides from autograd.
     skip        properties not to check, each with the reason; also "sensitivity", and "differences" where the gradient
@@ -121,7 +123,8 @@ def check_plan(plan: Plan, skip: Mapping[str, str], examples: int | None, reprod
         raise ArgumentError(f"reproduce must be what a failure printed, got {reproduce!r}")
     report = Report(getattr(plan.make, "__name__", "layer"))
     kept: dict[str, list[Sample]] = {}
-    for name in sorted(PROPERTIES, key=lambda n: PROPERTIES[n].number):
+    # Ownership early: a layer that writes into what is not its own would make the other properties speak nonsense.
+    for name in sorted(PROPERTIES, key=lambda n: (n not in ("gradients", "ownership"), PROPERTIES[n].number)):
         if chosen is not None and name != chosen[1]:
             continue
         if name in skip:
@@ -150,6 +153,7 @@ class _Runner:
         self.first: Sample | None = None
         self.keys: set[int] = set()
         self.failing: Sample | None = None  # the latest, in the end the smallest
+        self.collecting = False
         self.rich: Sample | None = None  # the one with most elements, which tells more
         share = EXAMPLES.get(name, OTHERS) / EXAMPLES["gradients"]
         profile = hypothesis.settings().max_examples
@@ -173,6 +177,7 @@ class _Runner:
                     f"from somewhere else than torch's generator or its own ({error})"
                 )
             except CheckFailure as error:
+                self._look_for_more()
                 failure = type(error)(
                     failure_text(error, self.name, self.failing, self.rich, self._again(error)),
                     **{**error.details, "property": self.name},
@@ -219,15 +224,25 @@ class _Runner:
         except CheckFailure as failure:
             if isinstance(failure, LayerCrash) and is_refusal(sample.layer, failure.details["inputs"], failure):
                 hypothesis.reject()  # a row too few for the mode that this property needs
-            self.failing = sample
+            if not self.collecting:
+                self.failing = sample
             if self.rich is None or sum(map(torch.numel, sample.douts)) > sum(map(torch.numel, self.rich.douts)):
                 self.rich = sample
+            if self.collecting:
+                return
             raise
         self.report.examples += 1
         self.keys.add(sample.key())
         self.first = self.first or sample
         if len(self.kept) < KEPT:
             self.kept.append(sample)
+
+    def _look_for_more(self) -> None:
+        """Run some more examples, for hints: the first that failed may be too small to show a pattern."""
+        if self.blob is None and Phase.shrink in hypothesis.settings().phases:
+            self.collecting, self.examples = True, 15
+            with contextlib.suppress(CheckError, CheckFailure, Flaky, Unsatisfiable):
+                self._hypothesis()
 
     def _again(self, error: CheckFailure) -> str:
         """How to run the failing example again: hypothesis notes it on the error."""

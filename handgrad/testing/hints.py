@@ -136,7 +136,7 @@ def _last_use(s: Sample, details: dict[str, Any]) -> Iterator[str]:
 
 
 def _shape(got: Tensor, want: Tensor) -> Iterator[str]:
-    if got.dim() == 2 and got.shape == want.t().shape:
+    if got.dim() == want.dim() == 2 and got.shape == want.t().shape:
         yield "it is transposed"
     elif got.numel() == want.numel():
         yield f"the elements are as many: a reshape to {tuple(want.shape)} is missing"

@@ -92,6 +92,7 @@ def _compare(
     )
     for optimizer in (mine, want):
         optimizer.param_groups[1]["lr"] = optimizer.param_groups[1]["lr"] * 0.5
+    held: list[tuple[Tensor, int, Tensor]] = []  # every gradient given so far, its version and its value
     for step in range(STEPS):
         if step == 2:
             mine = _reloaded(make, mine, ours, values)
@@ -101,7 +102,7 @@ def _compare(
         for i, grad in enumerate(grads[step % 2]):
             none = step < 3 and absent >> i & 1
             ours[i].grad, theirs[i].grad = (None, None) if none else (grad.clone(), grad.clone())
-        held = [(p.grad, p.grad._version, p.grad.clone()) for p in ours if p.grad is not None]
+        held += [(p.grad, p.grad._version, p.grad.clone()) for p in ours if p.grad is not None]
         ids = [id(p) for group in mine.param_groups for p in group["params"]]
         mine.step()
         want.step()

@@ -137,6 +137,8 @@ class Oracle:
             try:
                 outs = call(*_replace(layer, inputs, leaves))
                 _same_shapes(outs, douts)
+                if wanted and not self.independent and not any(o.requires_grad for o in outs):
+                    return None
                 tracked = [(o, d) for o, d in zip(outs, douts) if o.requires_grad]
                 grads = (
                     torch.autograd.grad(

@@ -33,7 +33,7 @@ class Input:
         match = re.fullmatch(
             r"\s*(?P<dims>(\*?\w+\s*)*?)(?P<tail><\s*(?P<below>\w+)|>\s*0|in\s+0\s+1|\bbool)?\s*", text
         )
-        if not match:
+        if not match or {"in", "bool"} & set(match["dims"].split()):
             raise ArgumentError(f"cannot read the input {text!r}.\n{SYNTAX}")
         tail = match["tail"] or ""
         kinds = {"": "real", "<": "index", ">": "positive", "i": "unit", "b": "bool"}
@@ -52,7 +52,7 @@ class Plan:
     options: Mapping[str, Any] = field(default_factory=dict)
     sizes: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     ranges: Mapping[str, tuple[float, float]] = field(default_factory=dict)
-    kinks: Mapping[float, float] = field(default_factory=dict)
+    kinks: Mapping[float, float | None] = field(default_factory=dict)
     reference: Callable[..., Any] | None = None
     module: Callable[..., torch.nn.Module] | None = None
     differences: bool = False

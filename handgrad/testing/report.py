@@ -85,7 +85,10 @@ def _hints(error: CheckFailure, name: str, candidates: list[Sample | None]) -> l
         except CheckFailure as failure:
             if failure.details.get("tensor") != error.details.get("tensor"):
                 continue
-            found = hints(s, {**failure.details, "property": name})
+            try:
+                found = hints(s, {**failure.details, "property": name})
+            except Exception:  # a guess must never hide the failure that it is about
+                found = []
             if found:
                 return found[:3]
     return []

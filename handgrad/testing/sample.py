@@ -33,7 +33,7 @@ class Sample:
     other_inputs: tuple[Any, ...]
     other_douts: tuple[Tensor, ...]
     oracle: Oracle = field(default_factory=Oracle)
-    kinks: Mapping[float, float] = field(default_factory=dict)
+    kinks: Mapping[float, float | None] = field(default_factory=dict)
     seed: int = 0
     policed: bool = True
     made_by: str = ""  # how the layer was made, for the failure text
@@ -108,7 +108,7 @@ def sample_of(
     other: Any = None,
     reference: Callable[..., Any] | None = None,
     module: Callable[[], torch.nn.Module] | None = None,
-    kinks: Mapping[float, float] | None = None,
+    kinks: Mapping[float, float | None] | None = None,
     seed: int = 0,
 ) -> Sample:
     """Make a Sample of what a user has at hand; douts that are not given are drawn from a normal."""

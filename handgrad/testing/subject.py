@@ -49,12 +49,10 @@ def _tensors(value: Any, name: str, seen: set[int]) -> Iterator[tuple[str, Tenso
     seen.add(id(value))
     if isinstance(value, Tensor):
         yield name, value
-    elif isinstance(value, dict):
-        for key, item in value.items():
-            yield from _tensors(item, f"{name}.{key}" if name else str(key), seen)
-    elif isinstance(value, (list, tuple)):
-        for i, item in enumerate(value):
-            yield from _tensors(item, f"{name}.{i}" if name else str(i), seen)
+    elif isinstance(value, (dict, list, tuple)):
+        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+            if not isinstance(item, Tensor):  # tensors in lists are records, not parameters
+                yield from _tensors(item, f"{name}.{key}" if name else str(key), seen)
     elif hasattr(value, "backward") or hasattr(value, "parameters"):
         for key, item in getattr(value, "__dict__", {}).items():
             yield from _tensors(item, f"{name}.{key}" if name else key, seen)

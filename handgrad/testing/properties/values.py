@@ -183,14 +183,13 @@ def assert_special(s: Sample) -> None:
     layer with parameters).
     """
     want = {n: None if g is None else g.clone() for n, g in s.truth.result.grads.items()}
-    doubt = dict(s.truth.uncertainty)
     if s.kinks:
         x, dout, dx = s.inputs[0], s.douts[0], want["dx"]
         if dx is None or x.shape != dout.shape:
             raise NotApplicable("kinks= describes an elementwise layer of one input")
         for place, slope in s.kinks.items():
-            dx[x == place] = slope * dout[x == place]
-            doubt.pop("dx", None)
+            if slope is not None:
+                dx[x == place] = slope * dout[x == place]
     # In a product with parameters, terms of the size of x may cancel, and even of x^2 where x meets itself (attention).
     far = max((judge.largest(x) for x in s.inputs), default=0.0) if subject.parameters(s.layer) else 0.0
     scale = judge.within(judge.SAME_CODE * max(1.0, far) ** 2, s.floor)
