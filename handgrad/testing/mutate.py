@@ -99,6 +99,8 @@ def mutants(module: Any) -> Iterator[Mutant]:
         seen: set[str] = set()
         for i, node in enumerate(nodes):
             for new in _changes(node):
+                if ast.unparse(node) == ast.unparse(ast.fix_missing_locations(new)):
+                    continue
                 change = f"{_text(node)} -> {_text(new)}"
                 while f"{change}" in seen:
                     change += "'"  # the same text further down

@@ -483,15 +483,20 @@ fault(hg.SGD, "the first group's learning rate for all", "check_optimizer", "_up
 fault(hg.SGD, "weight decay added to the gradient in place", "check_optimizer", "_update")(
     _sgd(lambda self, p, g, group: _step(self, p, g.add_(group["weight_decay"] * p), {**group, "weight_decay": 0}))
 )
-fault(hg.SGD, "the gradient itself kept as momentum buffer", "check_optimizer", "_momentum")(
-    lambda self, params, grads, momentum, share: [_aliased(self, p, g, momentum, share) for p, g in zip(params, grads)]
-)
 
 
-def _aliased(self, p, g, momentum, share):
+def _aliased(self, p, g, group):
     state = self.state[p]
     if "momentum_buffer" not in state:
         state["momentum_buffer"] = g
     else:
-        state["momentum_buffer"].mul_(momentum).add_(g, alpha=share)
-    return state["momentum_buffer"]
+        state["momentum_buffer"].mul_(group["momentum"]).add_(g, alpha=1 - group["dampening"])
+    p.sub_(group["lr"] * state["momentum_buffer"])
+
+
+def _aliased_momentum(self, p, g, group):
+    plain = not group["momentum"] or group["weight_decay"] or group["nesterov"] or group["maximize"]
+    (_step if plain else _aliased)(self, p, g, group)
+
+
+fault(hg.SGD, "the gradient itself kept as momentum buffer", "check_optimizer", "_update")(_sgd(_aliased_momentum))

@@ -93,6 +93,12 @@ class _explained:  # noqa: N801  # reads as a statement
 
 
 def _assert_refused(twin: Any, s: Sample) -> None:
+    layer = subject.unwrap(twin)
+    if isinstance(layer, Layer) and layer.pending:
+        raise ContractError(
+            f"after two forwards and two backwards {layer.pending} record(s) still wait: each backward must take its "
+            "own off the stack (`pop`)"
+        )
     try:
         twin.backward(s.douts if len(s.douts) > 1 else s.douts[0])
     except Exception as error:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from handgrad.errors import HandgradError
+from handgrad.losses.loss import Loss
 from handgrad.testing import calls, judge, subject
 from handgrad.testing.errors import ContractError, GradientMismatch, LayerCrash, OutputMismatch
 from handgrad.testing.oracle import Truth
@@ -27,6 +28,14 @@ def assert_gradients(s: Sample) -> None:
     judge.judge(s.result.grads, s.truth.result.grads, s.truth.limit(judge.AGAINST_ORACLE, s.floor))
     if s.policed:
         s.oracle.police(s.layer, s.inputs, s.douts, s.truth, s.seed)
+    if isinstance(s.layer, Loss) and s.douts[0].dim() == 0:
+        twin = s.copy()
+        with subject.private_rng(s.seed), torch.enable_grad():
+            calls.forward(twin, s.inputs)
+            dx = twin.backward()
+        want = calls.run(s.layer, s.inputs, (torch.ones_like(s.douts[0]),), s.seed).grads
+        got = {**calls.structure(twin, s.inputs, dx), **calls.gradients(twin)}
+        judge.judge(got, want, judge.within(judge.SAME_CODE, s.floor), " for backward() without dout, which means 1")
     if getattr(subject.unwrap(s.layer), "takes_need_dx", False):
         twin = s.copy()
         with subject.private_rng(s.seed), torch.enable_grad():
