@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
+from torch.nn.functional import batch_norm
 
 from handgrad.errors import ArgumentError, ShapeError
 from handgrad.layer import Layer, blocks, buffer, parameter, sum_of_products
@@ -21,14 +24,14 @@ class BatchNorm1d(Layer):
                are the running ones, constants; without running statistics they are always those of the batch.
     Shapes:    x (N, C) or (N, C, L), or (..., C) if `channels_last`; weight, bias, running_mean, running_var (C,);
                out like x
-               In the code diff = x - mean and scale = weight rstd, so that out = diff scale + bias.
-    Backward:  dbias = sum dout;  dweight = sum dout xhat = rstd sum dout diff;  dxhat = dout weight.
-               In evaluation dx = dxhat rstd = dout scale. In training x also acts through var and mean:
+    Backward:  with diff = x - mean, so that out = diff rstd weight + bias:
+               dbias = sum dout;  dweight = sum dout xhat = rstd sum dout diff;  dxhat = dout weight.
+               In evaluation dx = dxhat rstd. In training x also acts through var and mean:
                dvar  = sum dxhat diff (-1/2) rstd^3 = -1/2 rstd^2 weight dweight
-               dmean = -rstd sum dxhat = -scale dbias    (the way through var adds nothing: sum diff = 0)
+               dmean = -rstd sum dxhat = -rstd weight dbias    (the way through var adds nothing: sum diff = 0)
                dx    = dxhat rstd + dvar 2 diff/m + dmean/n
-                     = a dout + b diff + c  with, per channel, a = scale, b = -scale rstd dweight/m, c = -scale dbias/n
-    Recorded:  diff, rstd, scale, weight
+                     = rstd weight (dout - (dbias + diff rstd dweight n/m)/n)
+    Recorded:  x, mean, rstd, weight
     Raises:    ShapeError, also for a batch of one value a channel in training; DtypeError; StateError.
     Source:    Ioffe and Szegedy 2015, arXiv:1502.03167; the simplified dx in makemore lecture 4, which uses n - 1.
 
@@ -74,75 +77,71 @@ class BatchNorm1d(Layer):
     def forward(self, x: Tensor) -> Tensor:
         own = self.running_mean if self.weight is None else self.weight
         self.check_input(x, None if own is None else own.dtype)
-        C = self.num_features
-        if x.dim() < 2 or (x.shape[-1] if self.channels_last else x.dim() < 4 and x.shape[1]) != C:
+        C, shape = self.num_features, x.shape
+        if self.channels_last and x.dim() > 1 and shape[-1] == C:
+            x = x.reshape(-1, C)
+        elif self.channels_last or x.dim() not in (2, 3) or shape[1] != C:
             wanted = f"(..., {C})" if self.channels_last else f"(N, {C}) or (N, {C}, L)"
-            raise self.error(ShapeError, "forward", f"x must be {wanted}, got shape {tuple(x.shape)}")
-        n = x.numel() // C
+            raise self.error(ShapeError, "forward", f"x must be {wanted}, got shape {tuple(shape)}")
+        n, weight, eps = x.numel() // C, self.weight, self.eps
         m: int | None = None  # None: mean and var are constants, and the backward has nothing to send through them
         if self.training or self.running_mean is None or self.running_var is None:
             if n == 1:
-                problem = f"the variance of a batch needs more than one value a channel, got shape {tuple(x.shape)}; "
+                problem = f"the variance of a batch needs more than one value a channel, got shape {tuple(shape)}; "
                 raise self.error(ShapeError, "forward", problem + "evaluate a single row under eval()")
-            dims = self._dims(x)
-            mean = x.mean(dims)  # (C,)
-            diff = x - self._column(mean, x)
-            square = sum_of_products(diff, diff, dims)  # (C,)
-            m = n - 1 if self.unbiased else n
-            var = square / max(m, 1)  # for no rows 0, not NaN: what they send back is nothing
+            m = n
+            if self.unbiased and n > 0:
+                # with k = m/n: rstd = sqrt(k) / sqrt(sum diff^2 / n + k eps)
+                m = n - 1
+                eps *= m / n
+                weight = (torch.ones_like(x[0]) if weight is None else weight) * math.sqrt(m / n)
+            # momentum 1 leaves the batch's own statistics in mean and var, with n - 1 in var
+            mean, var = x.new_zeros(C), x.new_zeros(C)
+            out = batch_norm(x, mean, var, weight, self.bias, True, 1.0, eps)
             if self.training and n > 0:
-                self._update_running(mean, var if self.unbiased else square / (n - 1))
+                self._update_running(mean, var)
+            if not self.unbiased and n > 0:
+                var.mul_((n - 1) / n)
         else:
-            var = self.running_var
-            diff = x - self._column(self.running_mean, x)
-        rstd = (var + self.eps).rsqrt()  # (C,)
-        scale = rstd if self.weight is None else self.weight * rstd  # (C,)
-        if self.bias is None:
-            out = diff * self._column(scale, x)
-        else:
-            out = torch.addcmul(self._column(self.bias, x), diff, self._column(scale, x))
-        self.push(diff, rstd, scale, self.weight, m, out=out)
+            mean, var = self.running_mean.clone(), self.running_var.clone()  # copies: the record outlives an update
+            out = batch_norm(x, mean, var, weight, self.bias, False, 0.0, eps)
+        rstd = var.add_(self.eps).rsqrt_()  # (C,)
+        if self.channels_last:
+            out = out.view(shape)
+        self.push(x, mean, rstd, self.weight, m, out=out)
         return out
 
     def backward(self, dout: Tensor, need_dx: bool = True) -> Tensor | None:
-        diff, rstd, scale, weight, m = self.pop(dout)
-        dims = self._dims(dout)
+        x, mean, rstd, weight, m = self.pop(dout)
+        shape, dims = dout.shape, (0,) if x.dim() == 2 else (0, 2)
+        if self.channels_last:
+            dout = dout.reshape(x.shape)
+        dx: Tensor = x - _column(mean, x)  # diff, whose memory becomes dx's
         # out = diff rstd weight + bias
         dbias = dout.sum(dims)  # (C,)
-        dweight = sum_of_products(dout, diff, dims) * rstd  # (C,)
+        dweight = sum_of_products(dout, dx, dims).mul_(rstd)  # (C,)
         self.add_grad(weight, dweight)
         self.add_grad(self.bias, dbias)
         if not need_dx:
             return None
         # diff = x - mean, rstd = 1/sqrt(sum diff^2 / m + eps)
-        a = self._column(scale, dout)
+        scale = _column(rstd if weight is None else rstd * weight, x)
         if m is None:
-            return dout * a
-        n = max(dout.numel() // self.num_features, 1)
-        k = scale / -n  # (C,)
-        b, c = self._column(k * rstd * dweight, dout), self._column(k * dbias, dout)
-        dx = torch.empty_like(dout)
-        for d, f, result in blocks(dout, diff, dx):
-            torch.addcmul(c, f, b, value=n / max(m, 1), out=result).addcmul_(d, a)
-        return dx
-
-    def _dims(self, x: Tensor) -> tuple[int, ...]:
-        """All dimensions but that of the channels."""
-        if x.dim() == 2:
-            return (0,)
-        return tuple(range(x.dim() - 1)) if self.channels_last else (0, 2)
-
-    def _column(self, per_channel: Tensor, x: Tensor) -> Tensor:
-        """A (C,) tensor, shaped to broadcast against x."""
-        return per_channel if x.dim() == 2 or self.channels_last else per_channel.unsqueeze(1)
+            return torch.mul(dout, scale, out=dx).view(shape)
+        n = max(x.numel() // self.num_features, 1)
+        through_mean, through_var = _column(dbias, x), _column(dweight * rstd, x)
+        for part, d in blocks(dx, dout):
+            torch.addcmul(through_mean, part, through_var, value=n / max(m, 1), out=part)
+            torch.sub(d, part, alpha=1 / n, out=part).mul_(scale)
+        return dx.view(shape)
 
     def _update_running(self, mean: Tensor, var: Tensor) -> None:
         if self.running_mean is None or self.running_var is None or self.num_batches_tracked is None:
             return
         self.num_batches_tracked.add_(1)
         factor = 1 / self.num_batches_tracked.to(mean.dtype) if self.momentum is None else self.momentum
-        self.running_mean.lerp_(mean.detach(), factor)
-        self.running_var.lerp_(var.detach(), factor)
+        self.running_mean.lerp_(mean, factor)
+        self.running_var.lerp_(var, factor)
 
     def extra_repr(self) -> str:
         defaults = {"eps": 1e-5, "momentum": 0.1, "unbiased": False, "channels_last": False}
@@ -150,3 +149,8 @@ class BatchNorm1d(Layer):
         affine = "" if self.weight is not None else ", affine=False"
         track = "" if self.running_mean is not None else ", track_running_stats=False"
         return f"{self.num_features}{''.join(changes)}{affine}{track}"
+
+
+def _column(per_channel: Tensor, x: Tensor) -> Tensor:
+    """A (C,) tensor, shaped to broadcast against x."""
+    return per_channel if x.dim() == 2 else per_channel.unsqueeze(1)
