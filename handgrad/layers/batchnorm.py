@@ -101,11 +101,11 @@ class BatchNorm1d(Layer):
             if self.training and n > 0:
                 self._update_running(mean, var)
             if not self.unbiased and n > 0:
-                var.mul_((n - 1) / n)
+                var = var * ((n - 1) / n)
         else:
-            mean, var = self.running_mean.clone(), self.running_var.clone()  # copies: the record outlives an update
+            mean, var = self.running_mean.clone(), self.running_var  # a copy: the record outlives an update
             out = batch_norm(x, mean, var, weight, self.bias, False, 0.0, eps)
-        rstd = var.add_(self.eps).rsqrt_()  # (C,)
+        rstd = (var + self.eps).rsqrt_()  # (C,)
         if self.channels_last:
             out = out.view(shape)
         self.push(x, mean, rstd, self.weight, m, out=out)

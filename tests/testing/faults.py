@@ -222,39 +222,46 @@ fault(hg.Tanh, "derivative in float32", "gradients")(_tanh(lambda d, out: d * (1
 # ---------------------------------------------------------------- BatchNorm1d
 
 
+def _popped(self, dout):
+    """What a backward of BatchNorm1d works with: dout in x's form, the record, dims, and how to broadcast."""
+    x, mean, rstd, weight, m = self.pop(dout)
+    dims, column = ((0,), lambda t: t) if x.dim() == 2 else ((0, 2), lambda t: t.unsqueeze(1))
+    return dout.reshape(x.shape), x - column(mean), rstd, weight, m, dims, column
+
+
 def _batch_norm(dx=None, dweight=None, dbias=None):
     def backward(self, dout, need_dx=True):
-        diff, rstd, _scale, weight, m = self.pop(dout)
-        dims, column = self._dims(dout), lambda t: self._column(t, dout)
+        shape = dout.shape
+        dout, diff, rstd, weight, m, dims, column = _popped(self, dout)
         xhat = diff * column(rstd)
         self.add_grad(weight, (dweight or (lambda d, xhat, diff: (d * xhat).sum(dims)))(dout, xhat, diff))
         self.add_grad(self.bias, dbias(dout, dims) if dbias else dout.sum(dims))
         dxhat = dout if weight is None else dout * column(weight)
         if m is None:
-            return dxhat * column(rstd)
+            return (dxhat * column(rstd)).reshape(shape)
         n = max(dout.numel() // self.num_features, 1)
-        terms = (dxhat, dxhat.sum(dims) / n, (dxhat * xhat).sum(dims) / max(m, 1), xhat, rstd, n)
-        return (dx or (lambda g, mean, corr, xhat, rstd, n, c: c(rstd) * (g - c(mean) - xhat * c(corr))))(
-            *terms, column
-        )
+        corr = (dxhat * xhat).sum(dims) / max(m, 1)
+        right = lambda g, mean, corr, xhat, rstd, n, w, c: c(rstd) * (g - c(mean) - xhat * c(corr))  # noqa: E731
+        w = 1 if weight is None else weight
+        return (dx or right)(dxhat, dxhat.sum(dims) / n, corr, xhat, rstd, n, w, column).reshape(shape)
 
     return backward
 
 
 fault(hg.BatchNorm1d, "the path through the mean forgotten", "gradients")(
-    _batch_norm(lambda g, mean, corr, xhat, rstd, n, c: c(rstd) * (g - xhat * c(corr)))
+    _batch_norm(lambda g, mean, corr, xhat, rstd, n, w, c: c(rstd) * (g - xhat * c(corr)))
 )
 fault(hg.BatchNorm1d, "the path through the variance forgotten", "gradients")(
-    _batch_norm(lambda g, mean, corr, xhat, rstd, n, c: c(rstd) * (g - c(mean)))
+    _batch_norm(lambda g, mean, corr, xhat, rstd, n, w, c: c(rstd) * (g - c(mean)))
 )
 fault(hg.BatchNorm1d, "statistics taken for constants", "gradients")(
-    _batch_norm(lambda g, mean, corr, xhat, rstd, n, c: c(rstd) * g)
+    _batch_norm(lambda g, mean, corr, xhat, rstd, n, w, c: c(rstd) * g)
 )
 fault(hg.BatchNorm1d, "n - 1 where n belongs", "gradients")(
-    _batch_norm(lambda g, mean, corr, xhat, rstd, n, c: c(rstd) * (g - c(mean) - xhat * c(corr) * n / max(n - 1, 1)))
+    _batch_norm(lambda g, mean, corr, xhat, rstd, n, w, c: c(rstd) * (g - c(mean) - xhat * c(corr) * n / max(n - 1, 1)))
 )
 fault(hg.BatchNorm1d, "weight squared in the variance's path", "gradients")(
-    _batch_norm(lambda g, mean, corr, xhat, rstd, n, c: c(rstd) * (g - c(mean) - xhat * c(corr * corr.abs() ** 0.01)))
+    _batch_norm(lambda g, mean, corr, xhat, rstd, n, w, c: c(rstd) * (g - c(mean) - xhat * c(corr * w)))
 )
 fault(hg.BatchNorm1d, "dweight of x - mean, not of xhat", "gradients")(
     _batch_norm(dweight=lambda d, xhat, diff: (d * diff).sum((0,) if d.dim() == 2 else (0, 2)))
@@ -264,18 +271,19 @@ fault(hg.BatchNorm1d, "dbias averaged", "gradients")(_batch_norm(dbias=lambda d,
 
 @fault(hg.BatchNorm1d, "weight forgotten in dx: right for weight 1", "gradients")
 def _(self, dout, need_dx=True):
-    diff, rstd, _scale, weight, m = self.pop(dout)
-    dims, column = self._dims(dout), lambda t: self._column(t, dout)
+    shape = dout.shape
+    dout, diff, rstd, weight, m, dims, column = _popped(self, dout)
     xhat = diff * column(rstd)
     self.add_grad(weight, (dout * xhat).sum(dims))
     self.add_grad(self.bias, dout.sum(dims))
     if m is None:
-        return dout * column(rstd)
+        return (dout * column(rstd)).reshape(shape)
     n = max(dout.numel() // self.num_features, 1)
-    return column(rstd) * (dout - column(dout.sum(dims) / n) - xhat * column((dout * xhat).sum(dims) / max(m, 1)))
+    through_var = xhat * column((dout * xhat).sum(dims) / max(m, 1))
+    return (column(rstd) * (dout - column(dout.sum(dims) / n) - through_var)).reshape(shape)
 
 
-@fault(hg.BatchNorm1d, "running_var keeps the biased variance", "state", "_update_running")
+@fault(hg.BatchNorm1d, "running_var a tenth too small", "state", "_update_running")
 def _(self, mean, var):
     if self.running_mean is None:
         return

@@ -61,7 +61,7 @@ faults(
     ("the body forgotten", "return dout + dx if", "return dout + 0 * dx if"),
     ("the connection forgotten", "return dout + dx if", "return dx + 0 if"),
     ("the difference", "return dout + dx if", "return dout - dx if"),
-    ("added into dout", "return dout + dx if", "return dout.add_(dx) if"),
+    ("added into dout", "return dout + dx if", "return dout.add_(dx) if", "ownership"),
     ("averaged", "return dout + dx if", "return (dout + dx) / 2 if"),
     ("the body gets half", '"body", dout, need_dx', '"body", dout / 2, need_dx'),
 )
@@ -139,7 +139,7 @@ faults(
     ("s forgotten", ".add_(1).mul_(s)", ".add_(1)"),
     ("the 1 forgotten", ".add_(1)", ""),
     ("dout forgotten", ".mul_(dout)", ""),
-    ("written into x", "torch.addcmul(x, x, s, value=-1)", "x.addcmul_(x, s, value=-1)"),
+    ("written into x", "torch.addcmul(x, x, s, value=-1)", "x.addcmul_(x, s, value=-1)", "ownership"),
 )
 faults(
     hg.GELU,
@@ -158,7 +158,7 @@ faults(
     ("the sum over another dimension", "dx.sum(self.dim", "dx.sum(0 if self.dim else -1"),
     ("the mean", "dx.sum(self.dim", "dx.mean(self.dim"),
     ("the sum of dout alone", "dx.sum(self.dim", "dout.sum(self.dim"),
-    ("written into dout", "out=dx", "out=dout"),
+    ("written into dout", "out=dx", "out=dout", "ownership"),
 )  # fmt: skip
 faults(
     hg.LogSoftmax,
@@ -180,7 +180,7 @@ faults(
     ("dweight of x, not of xhat", "product = dout * xhat", "product = dout * x"),
     ("dweight averaged", "product.reshape(rows, n).sum(0)", "product.reshape(rows, n).sum(0) / max(rows, 1)"),
     ("weight forgotten in the averages", "_average(product, n, weight, rstd)", "_average(product, n, None, rstd)"),
-    ("dx written into dout", "torch.sub(dxhat, dx, out=dx)", "torch.sub(dxhat, dx, out=dout)"),
+    ("dx written into dout", "torch.sub(dxhat, dx, out=dx)", "torch.sub(dxhat, dx, out=dout)", "ownership"),
 )
 faults(
     hg.RMSNorm,
@@ -197,7 +197,7 @@ faults(
     ("a new mask", "dout * mask", "dout * mask[torch.randperm(len(mask))] if mask.dim() else dout * mask"),
     ("the mask without its scale", "dout * mask", "dout * (mask > 0)"),
     ("the mask of the complement", "dout * mask", "dout * (mask == 0)"),
-    ("dout written to", "dout * mask", "dout.mul_(mask)"),
+    ("dout written to", "dout * mask", "dout.mul_(mask)", "ownership"),
     ("scaled twice", "dout * mask", "dout * mask * mask"),
 )
 faults(
@@ -335,7 +335,7 @@ faults(
     ("the last chunk's dweight only", "dweight.addmm_(dz.t(), rows[a:b])", "dweight = dz.t() @ rows[a:b]"),
     ("the onehot forgotten", "dz.scatter_add_(1, y[a:b, None], -dloss[a:b, None])", "pass"),
     ("ignored rows not ignored", "used.to(x.dtype)", "x.new_ones(len(y))"),
-    ("divided by all rows", "dloss.sum().clamp_min_(1)", "max(len(y), 1)"),
+    ("divided by all rows", "dloss.sum().clamp_min_(1)", "max(len(y), 1)", "edges"),
     ("the bias forgotten in z", "dz = linear(rows[a:b], weight, bias)", "dz = linear(rows[a:b], weight)"),
     ("dout forgotten for dweight", "dbias.add_(dz.sum(0))", "dbias.add_(dz.mean(0))"),
 )

@@ -131,14 +131,14 @@ def test_a_crash_is_reported_with_the_input():
         check_layer(Picky, x="*N")
 
 
-def test_a_backward_too_many_must_be_refused():
-    """A record may be used once."""
+def test_a_record_must_be_taken():
+    """Each backward takes its own off the stack."""
 
     class Peeks(Double):
         def backward(self, dout):
             return 2 * dout
 
-    with pytest.raises(ContractError, match="a third backward after two forwards was accepted"):
+    with pytest.raises(ContractError, match="after two forwards and two backwards 2 record\\(s\\) still wait"):
         check_layer(Peeks, x="*N")
 
 
