@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from statistics import median
 from typing import NamedTuple
 
-BLOCK = 0.002  # seconds that a block lasts at least, or one call: well above the clock's own cost
+BLOCK = 0.05  # seconds that a block lasts at least, or one call: long enough to work from warm caches, as a loop does
 
 Contender = Callable[[int], tuple[float, ...]]
 """Do n calls; return the seconds that each part of them took, all calls together."""

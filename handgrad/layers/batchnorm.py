@@ -83,29 +83,20 @@ class BatchNorm1d(Layer):
         elif self.channels_last or x.dim() not in (2, 3) or shape[1] != C:
             wanted = f"(..., {C})" if self.channels_last else f"(N, {C}) or (N, {C}, L)"
             raise self.error(ShapeError, "forward", f"x must be {wanted}, got shape {tuple(shape)}")
-        n, weight, eps = x.numel() // C, self.weight, self.eps
+        n = x.numel() // C
         m: int | None = None  # None: mean and var are constants, and the backward has nothing to send through them
         if self.training or self.running_mean is None or self.running_var is None:
             if n == 1:
                 problem = f"the variance of a batch needs more than one value a channel, got shape {tuple(shape)}; "
                 raise self.error(ShapeError, "forward", problem + "evaluate a single row under eval()")
-            m = n
-            if self.unbiased and n > 0:
-                # with k = m/n: rstd = sqrt(k) / sqrt(sum diff^2 / n + k eps)
-                m = n - 1
-                eps *= m / n
-                weight = (torch.ones_like(x[0]) if weight is None else weight) * math.sqrt(m / n)
-            # momentum 1 leaves the batch's own statistics in mean and var, with n - 1 in var
-            mean, var = x.new_zeros(C), x.new_zeros(C)
-            out = batch_norm(x, mean, var, weight, self.bias, True, 1.0, eps)
-            if self.training and n > 0:
-                self._update_running(mean, var)
-            if not self.unbiased and n > 0:
-                var = var * ((n - 1) / n)
+            m = n - 1 if self.unbiased and n > 0 else n
+            if n > 0:
+                out, mean, rstd = self._normalize(x, m / n)
+            else:  # nothing to normalise, and nothing learnt of the data
+                out, mean, rstd = x.clone(), x.new_zeros(C), x.new_ones(C)
         else:
-            mean, var = self.running_mean.clone(), self.running_var  # a copy: the record outlives an update
-            out = batch_norm(x, mean, var, weight, self.bias, False, 0.0, eps)
-        rstd = (var + self.eps).rsqrt_()  # (C,)
+            mean, rstd = self.running_mean.clone(), (self.running_var + self.eps).rsqrt_()  # what the record keeps
+            out = batch_norm(x, mean, self.running_var, self.weight, self.bias, eps=self.eps)
         if self.channels_last:
             out = out.view(shape)
         self.push(x, mean, rstd, self.weight, m, out=out)
@@ -135,13 +126,28 @@ class BatchNorm1d(Layer):
             torch.sub(d, part, alpha=1 / n, out=part).mul_(scale)
         return dx.view(shape)
 
-    def _update_running(self, mean: Tensor, var: Tensor) -> None:
-        if self.running_mean is None or self.running_var is None or self.num_batches_tracked is None:
-            return
-        self.num_batches_tracked.add_(1)
-        factor = 1 / self.num_batches_tracked.to(mean.dtype) if self.momentum is None else self.momentum
-        self.running_mean.lerp_(mean, factor)
-        self.running_var.lerp_(var, factor)
+    def _normalize(self, x: Tensor, k: float) -> tuple[Tensor, Tensor, Tensor]:
+        """Out, mean and rstd from the batch's statistics, with k = m/n; in training, update the running ones.
+
+        The operation normalises with n. To get m, note rstd = sqrt(k) / sqrt(sum diff^2 / n + k eps).
+        """
+        weight, mean, var, factor = self.weight, self.running_mean, self.running_var, self.momentum
+        if k != 1:
+            weight = (x.new_ones(self.num_features) if weight is None else weight) * math.sqrt(k)
+        if not self.training or self.num_batches_tracked is None or mean is None or var is None:
+            mean = var = None
+        else:
+            self.num_batches_tracked.add_(1)
+            if factor is None:  # momentum 1 leaves the batch's own in fresh ones
+                mean, var = torch.zeros_like(mean), torch.zeros_like(var)
+        momentum = 1.0 if factor is None else factor
+        out, batch_mean, rstd = torch.native_batch_norm(x, weight, self.bias, mean, var, True, momentum, k * self.eps)
+        if factor is None and mean is not None and self.num_batches_tracked is not None:
+            share = 1 / self.num_batches_tracked.to(x.dtype)
+            for running, own in ((self.running_mean, mean), (self.running_var, var)):
+                if running is not None and own is not None:
+                    running.lerp_(own, share)
+        return out, batch_mean, rstd if k == 1 else rstd * math.sqrt(k)
 
     def extra_repr(self) -> str:
         defaults = {"eps": 1e-5, "momentum": 0.1, "unbiased": False, "channels_last": False}
