@@ -114,7 +114,7 @@ def _loops(contender: Contender) -> int:
         begun = time.perf_counter()
         contender(n)
         taken = time.perf_counter() - begun
-        if taken >= BLOCK:
+        if taken >= BLOCK or n >= 1_000_000:
             return n
         n = max(2 * n, math.ceil(1.2 * n * BLOCK / taken)) if taken > BLOCK / 100 else 10 * n
 

@@ -283,33 +283,31 @@ def _(self, dout, need_dx=True):
     return (column(rstd) * (dout - column(dout.sum(dims) / n) - through_var)).reshape(shape)
 
 
-@fault(hg.BatchNorm1d, "running_var a tenth too small", "state", "_update_running")
-def _(self, mean, var):
-    if self.running_mean is None:
-        return
-    self.num_batches_tracked += 1
-    factor = 1 / self.num_batches_tracked.to(mean.dtype) if self.momentum is None else self.momentum
-    self.running_mean.lerp_(mean.detach(), factor)
-    self.running_var.lerp_(var.detach() * 0.9, factor)
+def _running(distort):
+    """A `_normalize` that then distorts what the running variance has learnt; distort(self, old, own, n, factor)."""
+    right = hg.BatchNorm1d._normalize
+
+    def normalize(self, x, k):
+        old = None if self.running_var is None else self.running_var.clone()
+        result = right(self, x, k)
+        if self.training and old is not None:
+            factor = 1 / int(self.num_batches_tracked) if self.momentum is None else self.momentum
+            own = old + (self.running_var - old) / factor
+            distort(self, old, own, x.numel() // self.num_features, factor)
+        return result
+
+    return normalize
 
 
-@fault(hg.BatchNorm1d, "momentum taken for the share of the old value", "state", "_update_running")
-def _(self, mean, var):
-    if self.running_mean is None:
-        return
-    self.num_batches_tracked += 1
-    factor = 1 / self.num_batches_tracked.to(mean.dtype) if self.momentum is None else 1 - self.momentum
-    self.running_mean.lerp_(mean.detach(), factor)
-    self.running_var.lerp_(var.detach(), factor)
-
-
-@fault(hg.BatchNorm1d, "num_batches_tracked not counted", "state", "_update_running")
-def _(self, mean, var):
-    if self.running_mean is None:
-        return
-    factor = 0.1 if self.momentum is None else self.momentum
-    self.running_mean.lerp_(mean.detach(), factor)
-    self.running_var.lerp_(var.detach(), factor)
+fault(hg.BatchNorm1d, "running_var keeps the biased variance", "state", "_normalize")(
+    _running(lambda self, old, own, n, f: self.running_var.copy_(old + f * (own * (n - 1) / n - old)))
+)
+fault(hg.BatchNorm1d, "momentum taken for the share of the old value", "state", "_normalize")(
+    _running(lambda self, old, own, n, f: self.running_var.copy_(old + (1 - f) * (own - old)))
+)
+fault(hg.BatchNorm1d, "num_batches_tracked not counted", "state", "_normalize")(
+    _running(lambda self, old, own, n, f: self.num_batches_tracked.sub_(1))
+)
 
 
 # ---------------------------------------------------------------- CrossEntropy
