@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -45,6 +46,14 @@ def test_what_the_readme_points_to_exists() -> None:
     assert scripts
     for path in {*links, *scripts}:
         assert (ROOT / path).exists(), path
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "models" / "results").glob("*.json")), ids=lambda path: path.stem)
+def test_the_figures_are_those_of_the_reports(path: Path) -> None:
+    """Each report in models/results has its row in the README, with its own numbers."""
+    report = json.loads(path.read_text())
+    losses = " | ".join(f"{report[f'{split}_loss']:.4f}" for split in ("train", "val", "test"))
+    assert f"| {report['parameters']:,} | {report['steps']:,} | {losses} |" in README
 
 
 def test_the_two_commands_are_one_line_each() -> None:
