@@ -74,7 +74,5 @@ def test_no_autograd_inside(path: str) -> None:
     for node in ast.walk(tree):
         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node):
             node.body = node.body[1:] or [ast.Pass()]
-        if isinstance(node, ast.FunctionDef) and node.name == "scratch":
-            node.body = [ast.Pass()]  # steps aside where the gradient checks run autograd through a forward
     code = ast.unparse(tree).replace("loss.backward()", "").replace("super().backward()", "")
     assert not WORDS.findall(code), path
