@@ -79,4 +79,4 @@ def test_a_mean_for_a_sum_is_named():
     """By the factor and what it equals."""
     text = failure(bilinear, strangers.BilinearMean, GradientMismatch)
     assert "weight is wrong" in text
-    assert "times the right one; 1/(x[0].shape[0])" in text
+    assert "times the right one, which is 1/(x[0].shape[0])" in text
