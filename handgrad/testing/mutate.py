@@ -157,10 +157,12 @@ def patched(owner: Any, name: str, function: Any) -> Iterator[None]:
 
 @contextmanager
 def quick() -> Iterator[None]:
-    """Run checks without shrinking what fails, and always in the same way."""
+    """Run checks without shrinking what fails, and always in the same way, whatever the profile."""
     before = hypothesis.settings()
     phases = (hypothesis.Phase.explicit, hypothesis.Phase.generate)
-    hypothesis.settings.register_profile("handgrad-mutants", phases=phases, derandomize=True, database=None)
+    hypothesis.settings.register_profile(
+        "handgrad-mutants", phases=phases, derandomize=True, database=None, max_examples=100
+    )
     hypothesis.settings.register_profile("handgrad-before", parent=before)
     hypothesis.settings.load_profile("handgrad-mutants")
     try:

@@ -62,10 +62,13 @@ def test_a_forgotten_path_is_named():
     assert "a path through a sum is missing" in text
 
 
-def test_a_record_in_attributes_is_named():
-    """The attributes are listed."""
-    text = failure(rownorm, strangers.RowNormAttributes, GradientMismatch)
-    assert "forward keeps length, out in attributes, where the next forward overwrites it" in text
+def test_a_record_in_attributes_is_explained():
+    """The attributes are listed, and the contract is told."""
+    text = failure(rownorm, strangers.RowNormAttributes, ContractError)
+    assert "forward keeps length, out in attributes, where the next forward overwrites what the backward" in text
+    assert "self.push(length, out, out=out)\nin forward, (length, out) = self.pop(dout) in backward" in text
+    assert "hint" not in text
+    assert "records what backward needs on a stack" in text
 
 
 def test_a_forgotten_input_is_explained():
