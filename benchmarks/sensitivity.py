@@ -49,10 +49,10 @@ class Scaled(Faulty):
             if parameter.grad is not None:
                 parameter.grad.mul_(1 + self.size)
             return dx
-        changed = {
-            n: t * (1 + self.size) if n == self.name else t for n, t in calls.named("dx", subject.as_tuple(dx)).items()
-        }
-        return tuple(changed.values()) if isinstance(dx, tuple) else changed["dx"]
+        grads = calls.named("dx", subject.as_tuple(dx))
+        if isinstance(grads.get(self.name), Tensor):  # None where dx was declined
+            grads[self.name] = grads[self.name] * (1 + self.size)
+        return tuple(grads.values()) if isinstance(dx, tuple) else grads["dx"]
 
 
 def plan_of_case(case: Any) -> Plan:
