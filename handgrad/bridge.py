@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from handgrad.errors import ArgumentError, DtypeError, StateError
+from handgrad.errors import ArgumentError, DtypeError, HandgradError, StateError
 from handgrad.layer import Layer, Record, buffer, parameter
 from handgrad.losses.loss import Loss
 
@@ -23,8 +23,9 @@ def to_torch(layer: Layer) -> nn.Module:
     """The layer as a torch.nn.Module: usable inside any torch model, trained by autograd and torch.optim.
 
     The module's parameters are nn.Parameters under the layer's names, in the layer's memory: what an optimizer does
-    to one, the other sees, and both have the same `state_dict`. Gradients go through autograd to the module's
-    parameters (so hooks and DistributedDataParallel see them); the layer's own `.grad` stays as it was.
+    to one, the other sees, and both have the same `state_dict`. Conversions, moves and `load_state_dict(assign=True)`
+    give both the same new memory. Gradients go through autograd to the module's parameters (so hooks and
+    DistributedDataParallel see them); the layer's own `.grad` stays as it was.
 
     Each call keeps its records in the graph, not in the layer: the backward passes may come in any order, repeatedly
     with retain_graph, or never. The backward itself is not differentiable: a double backward is an error that says so.
@@ -49,7 +50,7 @@ def from_torch(module: nn.Module) -> Layer:
     The layer's parameters are plain tensors in the memory of the module's, under the module's names. Floating inputs
     get their dx, other inputs None; a parameter that the output does not depend on gets no gradient, and one that does
     not require grad is a buffer. Modes reach the module at the next forward, submodule by submodule. The output must
-    be a tensor or a tuple of tensors.
+    be a tensor or a tuple of tensors. A ValueError of the module becomes an ArgumentError that names the layer.
 
     >>> from handgrad import Linear, Sequential
     >>> model = Sequential(Linear(3, 4), from_torch(nn.LayerNorm(4)), Linear(4, 1))
@@ -88,6 +89,7 @@ class LayerModule(nn.Module):
                     holder.register_parameter(name, param)
                 else:
                     holder.register_buffer(name, tensor)
+        self.register_load_state_dict_post_hook(LayerModule._follow)  # type: ignore[no-untyped-call]
 
     def forward(self, *inputs: Any) -> Any:
         """Run the layer's forward; autograd will run its backward."""
@@ -111,13 +113,22 @@ class LayerModule(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LayerModule:
         """Conversions and moves give the module new memory: the layer follows."""
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self._follow()
+        return self
+
+    def _follow(self, *_: Any) -> None:
+        """Give the layer's tensors the memory that the module's have by now, and each shared one a single parameter."""
+        latest: dict[int, Tensor] = {}
         for layer, name, holder in self._places:
             own, new = getattr(layer, name), getattr(holder, name)
+            if id(own) not in latest or new.data_ptr() != own.data_ptr():  # assign=True replaces place by place
+                latest[id(own)] = new
+        for layer, name, holder in self._places:
+            own = getattr(layer, name)
+            new = latest[id(own)]
             if own is not new:
                 own.data = new.data
-            if not isinstance(new, nn.Parameter):
-                setattr(holder, name, own)
-        return self
+            setattr(holder, name, new if isinstance(new, nn.Parameter) else own)
 
     def _holder(self, path: str) -> nn.Module:
         """The submodule at the path, made where there is none yet."""
@@ -263,12 +274,12 @@ class ModuleLayer(_Holder):
             self.module.get_submodule(path).training = holder.training
         tensors = dict(self._tensors(""))
         if not torch.is_grad_enabled():
-            return functional_call(self.module, tensors, inputs)
+            return self._call(tensors, inputs)
         params = list(self.parameters())
         leaves = {id(t): _leaf(t) for t in params}
         flat = [_leaf(t) for t in _flat(inputs)]
         graph_inputs = _unflat(inputs, iter(flat))
-        out = functional_call(self.module, {name: leaves.get(id(t), t) for name, t in tensors.items()}, graph_inputs)
+        out = self._call({name: leaves.get(id(t), t) for name, t in tensors.items()}, graph_inputs)
         outs, form = _flat(out), _form(out)
         if not _is_of_tensors(form):
             raise self.error(DtypeError, "forward", "the module's output must be a tensor or a tuple of tensors")
@@ -296,6 +307,18 @@ class ModuleLayer(_Holder):
         dxs = [_or_zeros(grads.get(id(t)), t) if t.is_floating_point() else None for t in leaves[:count]]
         dx = _unflat(inputs, iter(dxs))
         return dx[0] if len(dx) == 1 else dx
+
+    def _call(self, tensors: dict[str, Tensor], inputs: Any) -> Any:
+        """The module's output; a ValueError, with which modules refuse their inputs, names the layer."""
+        try:
+            return functional_call(self.module, tensors, inputs)
+        except HandgradError:  # from a layer inside the module
+            raise
+        except ValueError as error:
+            shapes = ", ".join(str(tuple(t.shape)) for t in _flat(inputs))
+            raise self.error(
+                ArgumentError, "forward", f"the module refuses inputs of shape {shapes}: {error}"
+            ) from error
 
     def extra_repr(self) -> str:
         return repr(self.module)

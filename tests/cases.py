@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn import functional
 
 import handgrad as hg
+from handgrad.bridge import ModuleLayer
 from handgrad.testing import check_layer, check_loss, check_optimizer
 
 
@@ -32,9 +33,9 @@ CASES: dict[str, Case] = {}
 OPTIMIZERS: dict[str, Case] = {}
 
 
-def layer(name: str, make: Callable[..., Any], x: Any, **keywords: Any) -> None:
+def layer(name: str, make: Callable[..., Any], x: Any, covers: type | None = None, **keywords: Any) -> None:
     """Register a layer under the name of its class, and a few words where there are several cases."""
-    CASES[name] = Case(getattr(hg, name.split()[0]), check_layer, (make, x), keywords)
+    CASES[name] = Case(covers or getattr(hg, name.split()[0]), check_layer, (make, x), keywords)
 
 
 def loss(name: str, make: Callable[..., Any], x: str, target: str, **keywords: Any) -> None:
@@ -388,6 +389,22 @@ layer(
     [("N D", "N H")],
     reference=lambda layer, x: tuple(functional.linear(t, b.weight, b.bias) for b, t in zip(layer, x)),
 )
+layer(
+    "from_torch Linear",
+    lambda D, K: hg.from_torch(nn.Linear(D, K)),
+    "*N D",
+    covers=ModuleLayer,
+    module=lambda D, K: nn.Linear(D, K),
+)
+layer(
+    "from_torch BatchNorm1d",
+    lambda C: hg.from_torch(nn.BatchNorm1d(C)),
+    "N C *L",
+    covers=ModuleLayer,
+    sizes={"*L": (0, 1)},
+    module=lambda C: nn.BatchNorm1d(C),
+)
+layer("from_torch GELU", lambda: hg.from_torch(nn.GELU()), "*N", covers=ModuleLayer, module=nn.GELU)
 
 loss(
     "CrossEntropy",

@@ -203,6 +203,38 @@ def test_memory_is_shared_and_follows_conversions():
     torch.testing.assert_close(layer.state_dict(), dict(module.state_dict()))
 
 
+def test_memory_stays_shared_when_a_state_is_assigned():
+    """By which the module gets new parameters; also inside a torch model, and for buffers."""
+    layer = Sequential(Linear(3, 2), BatchNorm1d(2))
+    weight, mean, module = layer[0].weight, layer[1].running_mean, to_torch(layer)
+    model = nn.Sequential(module)
+    state = {name: torch.rand_like(t.double()).to(t.dtype) for name, t in model.state_dict().items()}
+    model.load_state_dict(state, assign=True)
+    assert module.get_parameter("0.weight").data_ptr() == state["0.0.weight"].data_ptr()
+    assert layer[0].weight is weight
+    assert layer[1].running_mean is mean
+    torch.testing.assert_close(layer.state_dict(), {name.removeprefix("0."): t for name, t in state.items()})
+    with torch.no_grad():
+        module.get_parameter("0.weight").fill_(3)
+    assert (weight == 3).all()
+    model(torch.randn(4, 3)).sum().backward()
+    assert module.get_parameter("0.weight").grad is not None
+    torch.testing.assert_close(layer.state_dict(), dict(module.state_dict()))
+    assert mean is module.get_buffer("1.running_mean")
+
+
+@pytest.mark.parametrize("given", [["0.weight", "2.weight"], ["0.weight"], ["2.weight"]])
+def test_tied_weights_stay_tied_when_a_state_is_assigned(given):
+    embedding, head = Embedding(5, 3), Linear(3, 5, bias=False)
+    head.weight = embedding.weight
+    module, value = to_torch(Sequential(embedding, Tanh(), head)), torch.rand(5, 3)
+    module.load_state_dict({name: value.clone() for name in given}, assign=True, strict=False)
+    assert [name for name, _ in module.named_parameters()] == ["0.weight"]
+    assert head.weight is embedding.weight
+    assert torch.equal(head.weight, value)
+    assert head.weight.data_ptr() == module.get_parameter("2.weight").data_ptr()
+
+
 def test_modes_and_no_grad():
     layer = Sequential(Dropout(0.5), BatchNorm1d(3))
     model = nn.Sequential(to_torch(layer))
@@ -427,6 +459,19 @@ def test_reuse_none_wanted_and_errors():
     x = torch.randn(3, 4)
     with pytest.raises(DtypeError, match=r"the module's output must be a tensor or a tuple of tensors"):
         from_torch(attention)(x, x, x, None, False)
+
+
+def test_a_refusal_of_the_module_names_the_layer():
+    layer = from_torch(nn.BatchNorm1d(3))
+    text = r"in 1 \(ModuleLayer\(BatchNorm1d\(3, .*the module refuses inputs of shape \(1, 3\): Expected more than 1 "
+    with pytest.raises(ArgumentError, match=text) as caught:
+        Sequential(Tanh(), layer)(torch.zeros(1, 3))
+    assert isinstance(caught.value.__cause__, ValueError)
+    assert layer.pending == 0
+    with pytest.raises(ShapeError, match=r"^Linear\(3 -> 2\)\.forward"):  # a layer inside names itself
+        from_torch(nn.Sequential(to_torch(Linear(3, 2))))(torch.zeros(4, 5))
+    with torch.no_grad(), pytest.raises(ArgumentError, match="the module refuses"):
+        layer(torch.zeros(1, 3))
 
 
 def test_inputs_without_influence_and_integers():

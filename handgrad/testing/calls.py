@@ -113,7 +113,7 @@ def gradients(layer: Any) -> dict[str, Tensor | None]:
         if id(tensor) not in ids and tensor.is_leaf and tensor.grad is not None:
             raise ContractError(
                 f"backward wrote a gradient to {name}, which parameters() does not list, so no optimizer will ever "
-                f"see it; declare it: `{name}: Tensor = parameter(...)`"
+                f"see it; declare it: `{name}: Tensor = parameter(...)`\n{CONTRACT}"
             )
     return {name: p.grad for name, p in listed.items()}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import heapq
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -29,6 +30,7 @@ EXAMPLES = {"gradients": 60, "edges": 25, "special": 30, "dtypes": 25, "layouts"
 OTHERS = 15
 PHASES = (Phase.explicit, Phase.generate, Phase.shrink)  # of those that the profile has
 KEPT = 12  # samples of a property that the planted faults are tried on
+RICH = 4  # failing samples that hints are sought in, beside the smallest
 
 
 def check_layer(
@@ -154,7 +156,7 @@ class _Runner:
         self.keys: set[int] = set()
         self.failing: Sample | None = None  # the latest, in the end the smallest
         self.collecting = False
-        self.rich: Sample | None = None  # the one with most elements, which tells more
+        self.rich: list[Sample] = []  # those that fail and tell most
         share = EXAMPLES.get(name, OTHERS) / EXAMPLES["gradients"]
         profile = hypothesis.settings().max_examples
         self.examples = max(2, round(share * (examples or EXAMPLES["gradients"] * profile / 100)))
@@ -226,8 +228,7 @@ class _Runner:
                 hypothesis.reject()  # a row too few for the mode that this property needs
             if not self.collecting:
                 self.failing = sample
-            if self.rich is None or sum(map(torch.numel, sample.douts)) > sum(map(torch.numel, self.rich.douts)):
-                self.rich = sample
+            self.rich = heapq.nlargest(RICH, [*self.rich, sample], key=Sample.richness)
             if self.collecting:
                 return
             raise
@@ -238,7 +239,7 @@ class _Runner:
             self.kept.append(sample)
 
     def _look_for_more(self) -> None:
-        """Run some more examples, for hints: the first that failed may be too small to show a pattern."""
+        """Run some more examples, for hints: those that failed so far may be too small to show a pattern."""
         if self.blob is None and Phase.shrink in hypothesis.settings().phases:
             self.collecting, self.examples = True, 15
             with contextlib.suppress(CheckError, CheckFailure, Flaky, Unsatisfiable):

@@ -1,8 +1,9 @@
-"""Cheap tests that guess what a wrong gradient lacks. Each is tried on the failing example, and may be silent."""
+"""Cheap tests that guess what a wrong gradient lacks. Each is tried on a failing example, and may be silent."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,10 +14,48 @@ from handgrad.testing.errors import CheckFailure
 from handgrad.testing.sample import Sample
 
 
-def hints(s: Sample, details: dict[str, Any]) -> list[str]:
+@dataclass(frozen=True)
+class Hint:
+    """A guess at the mistake, made of one example. Guesses of one kind say the same of two examples."""
+
+    text: str
+    kind: str = ""  # where the text names numbers of its example
+    meanings: tuple[str, ...] = ()  # what the number in the text may stem from
+
+    @property
+    def key(self) -> str:
+        """What is the same in another example."""
+        return self.kind or self.text
+
+    def also(self, other: Hint) -> Hint:
+        """The same hint with only the meanings that the other one has, too."""
+        return replace(self, meanings=tuple(m for m in self.meanings if m in other.meanings))
+
+    def __str__(self) -> str:
+        return f"{self.text}, which is {' or '.join(self.meanings[:3])}" if self.meanings else self.text
+
+
+def agreed(shown: Sequence[Hint], others: Mapping[str, Sequence[Hint]]) -> list[str]:
+    """The hints of the example shown, which is small, in the light of other, richer ones that fail, too.
+
+    What any of them shows, too, is said of the one shown, with the meanings that hold for all. What only another one
+    shows is said of that, by its name. What only the small one shows may come of its being small, and is said where
+    there is nothing else.
+    """
+    known: dict[str, tuple[str, Hint]] = {}
+    for name, found in others.items():
+        for hint in found:
+            first, same = known.get(hint.key, (name, hint))
+            known[hint.key] = (first, same.also(hint))
+    lines = [str(hint.also(known.pop(hint.key)[1])) for hint in shown if hint.key in known]
+    lines += [f"on another example, {name}: {hint}" for name, hint in known.values()]
+    return lines or [str(hint) for hint in shown]
+
+
+def hints(s: Sample, details: dict[str, Any]) -> list[Hint]:
     """What the failure looks like, in words; the most telling first."""
     got, want = details.get("got"), details.get("want")
-    found: list[str] = []
+    found: list[Hint] = []
     if isinstance(got, Tensor) and isinstance(want, Tensor) and got.is_floating_point():
         if got.shape == want.shape:
             if details.get("property") == "accumulation":
@@ -25,61 +64,69 @@ def hints(s: Sample, details: dict[str, Any]) -> list[str]:
                 found += [*_special(s, got, want), *_ratio(s, got, want), *_last_use(s, details)]
                 found += [*_difference(got, want), *_proportional(s, got, want)]
         else:
-            found += _shape(got, want)
+            found += _shape(details["tensor"], got, want)
     elif isinstance(want, Tensor) and got is None and details.get("tensor") in subject.parameters(s.layer):
-        found.append("backward never adds to it: add_grad(parameter, gradient)")
+        found.append(Hint("backward never adds to it: add_grad(parameter, gradient)"))
     if details.get("property") == "gradients":
         found += _passes_when(s, details)
-    return list(dict.fromkeys(found))
+    return found
 
 
-def _special(s: Sample, got: Tensor, want: Tensor) -> Iterator[str]:
+def _special(s: Sample, got: Tensor, want: Tensor) -> Iterator[Hint]:
     if not torch.isfinite(got).all() and torch.isfinite(want).all():
-        yield "not finite where the right gradient is"
+        yield Hint("not finite where the right gradient is")
     elif judge.largest(got) == 0 and judge.largest(want) > 0:
-        yield "backward gives zeros everywhere"
+        yield Hint("backward gives zeros everywhere")
     elif got.dim() == 2 and got.shape[0] == got.shape[1] and got.shape[0] > 1 and _near(got.t(), want):
-        yield "it is the transpose of the right one"
+        yield Hint("it is the transpose of the right one")
     for name, dout in calls.named("dout", s.douts).items():
         if dout.shape == got.shape and _near(got, dout) and not _near(want, dout):
-            yield f"it equals {name}: as if the layer were the identity"
+            yield Hint(f"it equals {name}: as if the layer were the identity")
 
 
-def _ratio(s: Sample, got: Tensor, want: Tensor) -> Iterator[str]:
+def _ratio(s: Sample, got: Tensor, want: Tensor) -> Iterator[Hint]:
     """A constant factor between the two, and what it equals."""
     clear = want.abs() > 1e-6 * max(judge.largest(want), 1e-12)
-    if int(clear.sum()) < 2 or not _near(got[~clear], want[~clear]):
+    if not clear.any() or not _near(got[~clear], want[~clear]):
         return
     ratios = got[clear] / want[clear]
     ratio = float(ratios.mean())
-    if not torch.isfinite(ratios).all() or judge.largest(ratios - ratio) > 1e-6 * abs(ratio) or abs(ratio - 1) < 1e-9:
+    if (
+        not torch.isfinite(ratios).all()
+        or judge.largest(ratios - ratio) > 1e-6 * abs(ratio)
+        or ratio == 0
+        or abs(ratio - 1) < 1e-9
+    ):
         return
     if abs(ratio + 1) < 1e-9:
-        yield "the sign is wrong"
+        yield Hint("the sign is wrong")
         return
-    meanings = [name for name, value in _numbers(s).items() if abs(ratio - value) < 1e-6 * abs(value)]
-    text = f"it is {ratio:.6g} times the right one"
-    yield f"{text}; {' or '.join(meanings[:3])} is {ratio:.6g}" if meanings else text
+    meanings = tuple(name for name, value in _numbers(s).items() if abs(ratio - value) < 1e-6 * abs(value))
+    if meanings or int(clear.sum()) > 1:  # any two numbers have some ratio
+        yield Hint(f"it is {ratio:.6g} times the right one", "ratio", meanings)
 
 
 def _numbers(s: Sample) -> dict[str, float]:
     """Numbers of the example that a factor may stem from: sizes, n - 1, their inverses, lone parameters."""
     found: dict[str, float] = {}
-    for label, tensors in (("x", s.inputs), ("out", tuple(s.douts))):
-        for name, t in calls.named(label, tensors).items():
-            sizes = {f"{name}.shape[{i}]": n for i, n in enumerate(t.shape)}
-            sizes[f"{name}.numel()"] = t.numel()
-            for text, n in sizes.items():
-                if n > 1:
-                    found |= {text: n, f"1/({text})": 1 / n, f"{text} - 1": n - 1, f"1/({text} - 1)": 1 / (n - 1)}
-                    found |= {f"n/(n - 1) for n = {text}": n / (n - 1), f"(n - 1)/n for n = {text}": (n - 1) / n}
+    inputs, outs = calls.named("x", s.inputs), calls.named("out", s.douts)
+    shapes = {x.shape for x in inputs.values()}
+    for name, t in [*inputs.items(), *((name, t) for name, t in outs.items() if t.shape not in shapes)]:
+        sizes = {f"{name}.shape[{i}]": n for i, n in enumerate(t.shape)}
+        if t.dim() > 1:
+            sizes |= {f"{name}.shape[:-1].numel()": t.shape[:-1].numel()}
+        sizes[f"{name}.numel()"] = t.numel()
+        for text, n in sizes.items():
+            if n > 1:
+                found |= {text: n, f"1/({text})": 1 / n, f"{text} - 1": n - 1, f"1/({text} - 1)": 1 / (n - 1)}
+                found |= {f"n/(n - 1) for n = {text}": n / (n - 1), f"(n - 1)/n for n = {text}": (n - 1) / n}
     for name, p in subject.parameters(s.layer).items():
         if p.numel() == 1 and float(p) != 0:
             found |= {name: float(p), f"1/{name}": 1 / float(p), f"{name}^2": float(p) ** 2}
     return {name: value for name, value in found.items() if value not in (0, 1)} | {"a factor 2": 2.0, "1/2": 0.5}
 
 
-def _difference(got: Tensor, want: Tensor) -> Iterator[str]:
+def _difference(got: Tensor, want: Tensor) -> Iterator[Hint]:
     """Where the two differ, and whether a mean or a sum is missing."""
     off = got - want
     bad = off.abs() > 1e-9 * max(judge.largest(want), 1e-3)
@@ -90,13 +137,14 @@ def _difference(got: Tensor, want: Tensor) -> Iterator[str]:
         flat = bad.movedim(dim, 0).reshape(size, -1)
         spread = off - off.mean(dim, keepdim=True)
         if judge.largest(spread) < 1e-9 * judge.largest(off):
-            yield f"it is off by the same amount all along dimension {dim}: a sum or mean over it is missing"
+            text = f"it is off by the same amount all along dimension {dim}: a sum or mean over it is missing"
+            yield Hint(text, "missing sum")
         hit = flat.any(1)
         if int(hit.sum()) == 1 and size > 2:
-            yield f"it is wrong only at index {int(hit.nonzero()[0])} of dimension {dim}"
+            yield Hint(f"it is wrong only at index {int(hit.nonzero()[0])} of dimension {dim}", "one index")
 
 
-def _proportional(s: Sample, got: Tensor, want: Tensor) -> Iterator[str]:
+def _proportional(s: Sample, got: Tensor, want: Tensor) -> Iterator[Hint]:
     """Whether the error is x or out, times a factor a row: the shape of a forgotten path through a reduction."""
     off = got - want
     for name, base in {**s.result.outs, **calls.named("x", s.inputs)}.items():
@@ -108,17 +156,18 @@ def _proportional(s: Sample, got: Tensor, want: Tensor) -> Iterator[str]:
             squares = (base * base).sum(dim, keepdim=True).clamp(min=1e-300)
             factor = (off * base).sum(dim, keepdim=True) / squares
             if judge.largest(off - factor * base) < 1e-9 * judge.largest(off):
-                yield f"it is off by a multiple of {name} along dimension {dim}: a path through a sum is missing"
+                text = f"it is off by a multiple of {name} along dimension {dim}: a path through a sum is missing"
+                yield Hint(text, f"multiple of {name}")
 
 
-def _overwritten(s: Sample, details: dict[str, Any]) -> Iterator[str]:
+def _overwritten(s: Sample, details: dict[str, Any]) -> Iterator[Hint]:
     """Whether only one backward's gradient is there."""
     alone = s.result.grads.get(details["tensor"])
     if alone is not None and _near(details["got"], alone):
-        yield "it holds the latest gradient alone: backward assigns .grad where it must add (add_grad does)"
+        yield Hint("it holds the latest gradient alone: backward assigns .grad where it must add (add_grad does)")
 
 
-def _last_use(s: Sample, details: dict[str, Any]) -> Iterator[str]:
+def _last_use(s: Sample, details: dict[str, Any]) -> Iterator[Hint]:
     """With equal indices, whether only their last use arrived."""
     integers = [x for x in s.inputs if not x.is_floating_point() and x.dtype is not torch.bool]
     name, got = details["tensor"], details["got"]
@@ -132,19 +181,21 @@ def _last_use(s: Sample, details: dict[str, Any]) -> Iterator[str]:
     only_last = (rows * last.unsqueeze(1)).view(dout.shape)
     truth = s.oracle.truth(s.layer, s.inputs, (only_last,), s.seed).result.grads[name]
     if truth is not None and _near(got, truth):
-        yield "of equal indices only the last one arrived: add them up (index_add_), do not assign"
+        yield Hint("of equal indices only the last one arrived: add them up (index_add_), do not assign")
 
 
-def _shape(got: Tensor, want: Tensor) -> Iterator[str]:
+def _shape(name: str, got: Tensor, want: Tensor) -> Iterator[Hint]:
     if got.dim() == want.dim() == 2 and got.shape == want.t().shape:
-        yield "it is transposed"
+        yield Hint("it is transposed")
     elif got.numel() == want.numel():
-        yield f"the elements are as many: a reshape to {tuple(want.shape)} is missing"
+        yield Hint(f"the elements are as many: a reshape to {tuple(want.shape)} is missing", "reshape")
     elif got.dim() >= want.dim():
-        yield f"x was broadcast on the way to out, so its gradient must be summed back to {tuple(want.shape)}"
+        shape, x = tuple(want.shape), name.removeprefix("d")
+        text = f"{x} was broadcast on the way to out, so its gradient must be summed back to {shape}"
+        yield Hint(text, "broadcast")
 
 
-def _passes_when(s: Sample, details: dict[str, Any]) -> Iterator[str]:
+def _passes_when(s: Sample, details: dict[str, Any]) -> Iterator[Hint]:
     """Whether the failure goes away for plain parameters: then backward forgets that parameter."""
     for name, param in subject.parameters(s.layer).items():
         for value in (1.0, 0.0):
@@ -158,7 +209,7 @@ def _passes_when(s: Sample, details: dict[str, Any]) -> Iterator[str]:
             except (CheckFailure, KeyError):
                 continue
             if got is not None and want is not None and judge.largest(want) > 0 and _near(got, want):
-                yield f"it is right when {name} = {value:g}: the formula misses {name} there"
+                yield Hint(f"it is right when {name} = {value:g}: the formula misses {name} there")
 
 
 def _near(a: Tensor, b: Tensor) -> bool:

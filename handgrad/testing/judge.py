@@ -80,6 +80,7 @@ def judge(
         others = [failure.details["tensor"] for failure in failures[1:]]
         text = f"; also wrong: {', '.join(others)}" if others else ""
         failures[0].message += f"\n  the others: {', '.join(fine) or 'none'} right{text}" if len(want) > 1 else ""
+        failures[0].details["also"] = failures[1:]
         raise failures[0]
 
 

@@ -17,15 +17,17 @@ import importlib
 import importlib.util
 import inspect
 import json
+import os
 import sys
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import hypothesis
+from tqdm import tqdm  # type: ignore[import-untyped]
 
 from handgrad.testing.errors import CheckError, CheckFailure
 
@@ -106,15 +108,17 @@ def mutants(module: Any) -> Iterator[Mutant]:
                     change += "'"  # the same text further down
                 seen.add(change)
                 try:
-                    mutated = _build(owner, module, _replaced(tree, nodes, i, new))
+                    mutated = build(_replaced(tree, nodes, i, new), owner, module)
                 except (SyntaxError, ValueError, TypeError):
                     continue
                 yield Mutant(owner, name, where, change, mutated)
 
 
-def judge_all(module: Any, cases: dict[str, Any], reasons: dict[str, str]) -> Iterator[Verdict]:
-    """Run the cases of the module's classes against every mutant."""
-    for mutant in mutants(module):
+def judge_all(
+    found: Iterable[Mutant], module: Any, cases: dict[str, Any], reasons: dict[str, str]
+) -> Iterator[Verdict]:
+    """Run the cases of the module's classes against its mutants."""
+    for mutant in found:
         covered = [case for case in cases.values() if _concerns(mutant, case.covers, module)]
         by = _killer(mutant, covered)
         if by:
@@ -153,10 +157,12 @@ def patched(owner: Any, name: str, function: Any) -> Iterator[None]:
 
 @contextmanager
 def quick() -> Iterator[None]:
-    """Run checks without shrinking what fails, and always in the same way."""
+    """Run checks without shrinking what fails, and always in the same way, whatever the profile."""
     before = hypothesis.settings()
     phases = (hypothesis.Phase.explicit, hypothesis.Phase.generate)
-    hypothesis.settings.register_profile("handgrad-mutants", phases=phases, derandomize=True, database=None)
+    hypothesis.settings.register_profile(
+        "handgrad-mutants", phases=phases, derandomize=True, database=None, max_examples=100
+    )
     hypothesis.settings.register_profile("handgrad-before", parent=before)
     hypothesis.settings.load_profile("handgrad-mutants")
     try:
@@ -291,13 +297,17 @@ def _shallow(node: ast.AST) -> ast.AST:
     return twin
 
 
-def _build(owner: Any, module: Any, tree: ast.AST) -> Any:
-    """The function of a tree, with the globals of its module."""
-    whole = ast.fix_missing_locations(ast.Module([tree], []))  # type: ignore[list-item]
+def build(tree: ast.AST, owner: Any, module: Any) -> Any:
+    """The function of a tree, with the globals of its module and the class that `super()` looks for."""
+    (binder,) = ast.parse("def bind(__class__): ...").body
+    assert isinstance(binder, ast.FunctionDef)
+    assert isinstance(tree, ast.FunctionDef)
+    binder.body = [tree, ast.Return(ast.Name(tree.name, ast.Load()))]
+    whole = ast.fix_missing_locations(ast.Module([binder], []))
+    flags = annotations.compiler_flag  # an annotation may name what is imported for type checkers alone
     namespace: dict[str, Any] = {}
-    exec(compile(whole, f"<mutant of {module.__name__}>", "exec"), vars(module), namespace)
-    (function,) = namespace.values()
-    return function
+    exec(compile(whole, f"<mutant of {module.__name__}>", "exec", flags, dont_inherit=True), vars(module), namespace)
+    return namespace["bind"](owner)
 
 
 def _text(node: ast.AST) -> str:
@@ -323,29 +333,39 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("modules", nargs="+", help="modules with layers, such as handgrad.layers.linear")
     parser.add_argument("--cases", default="tests/cases.py", help="the file that defines CASES")
     parser.add_argument("--reasons", default="tests/mutants.json", help="why survivors are equivalent, by module")
-    parser.add_argument("--json", help="write every verdict to this file")
+    parser.add_argument("--json", help="write every verdict to this file, one by one as they come")
     given = parser.parse_args(arguments)
     sys.path.insert(0, "")
     cases = load_cases(given.cases)
     reasons = json.loads(Path(given.reasons).read_text()) if Path(given.reasons).exists() else {}
+    modules = {name: importlib.import_module(name) for name in given.modules}
+    # All sources are read here, at once with the import: they may be edited while the run lasts.
+    found = {name: list(mutants(module)) for name, module in modules.items()}
     everything: dict[str, list[dict[str, str]]] = {}
     survived = 0
-    print(f"{'module':<40}{'mutants':>8}{'killed':>8}{'equivalent':>12}{'survived':>10}")
-    for name in given.modules:
-        verdicts = list(judge_all(importlib.import_module(name), cases, reasons.get(name, {})))
-        count = {fate: sum(v.fate == fate for v in verdicts) for fate in ("killed", "equivalent", "survived")}
-        print(
-            f"{name:<40}{len(verdicts):>8}{count['killed']:>8}{count['equivalent']:>12}{count['survived']:>10}",
-            flush=True,
-        )
-        for verdict in verdicts:
-            if verdict.fate == "survived":
-                print(f"    survived  {verdict.mutant.key}")
-        everything[name] = [{"mutant": v.mutant.key, "fate": v.fate, "by": v.by} for v in verdicts]
-        survived += count["survived"]
-    if given.json:
-        Path(given.json).write_text(json.dumps(everything, indent=1) + "\n")
+    print(f"{'module':<40}{'mutants':>8}{'killed':>8}{'equivalent':>12}{'survived':>10}", flush=True)
+    with tqdm(total=sum(map(len, found.values())), unit="mutant") as progress:
+        for name, module in modules.items():
+            verdicts = everything[name] = []
+            for verdict in judge_all(found[name], module, cases, reasons.get(name, {})):
+                verdicts.append({"mutant": verdict.mutant.key, "fate": verdict.fate, "by": verdict.by})
+                if given.json:
+                    _write(Path(given.json), everything)
+                progress.update()
+            count = {fate: sum(v["fate"] == fate for v in verdicts) for fate in ("killed", "equivalent", "survived")}
+            row = f"{name:<40}{len(verdicts):>8}{count['killed']:>8}{count['equivalent']:>12}{count['survived']:>10}"
+            survivors = [f"    survived  {v['mutant']}" for v in verdicts if v["fate"] == "survived"]
+            progress.write("\n".join([row, *survivors]))
+            sys.stdout.flush()
+            survived += count["survived"]
     return 1 if survived else 0
+
+
+def _write(path: Path, everything: dict[str, list[dict[str, str]]]) -> None:
+    """Replace the file in one step: an interrupted run leaves all that was judged so far."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(json.dumps(everything, indent=1) + "\n")
+    os.replace(part, path)
 
 
 if __name__ == "__main__":

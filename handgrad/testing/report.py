@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,7 +11,7 @@ from torch import Tensor
 
 from handgrad.testing import calls, judge, subject
 from handgrad.testing.errors import CheckFailure
-from handgrad.testing.hints import hints
+from handgrad.testing.hints import Hint, agreed, hints
 from handgrad.testing.sample import PROPERTIES, Sample
 
 SHOWN = 24  # elements of a tensor that the text of a failure prints
@@ -62,11 +64,11 @@ class Report:
         return "\n".join(lines)
 
 
-def failure_text(error: CheckFailure, name: str, s: Sample | None, rich: Sample | None, again: str) -> str:
+def failure_text(error: CheckFailure, name: str, s: Sample | None, rich: Sequence[Sample], again: str) -> str:
     """Everything that helps to find the mistake: what is wrong, a guess why, the smallest example, how to repeat it."""
     lines = [error.message]
     if s is not None:
-        lines += [f"  hint: {guess}" for guess in _hints(error, name, [rich, s])]
+        lines += [f"  hint: {guess}" for guess in _guesses(error, name, s, rich)]
         lines += ["", "the smallest example found:", *_example(s)]
     number = f"P{PROPERTIES[name].number} " if name in PROPERTIES else ""
     lines += ["", f"property {number}{name}: {PROPERTIES[name].says}" if number else "", again]
@@ -75,22 +77,24 @@ def failure_text(error: CheckFailure, name: str, s: Sample | None, rich: Sample 
     return f"{layer}{mode}: " + "\n".join(lines).rstrip()
 
 
-def _hints(error: CheckFailure, name: str, candidates: list[Sample | None]) -> list[str]:
-    """The hints of the first example that gives some. A larger one tells more than the smallest."""
-    for s in candidates:
-        if s is None:
-            continue
-        try:
-            PROPERTIES[name].check(s)
-        except CheckFailure as failure:
-            if failure.details.get("tensor") != error.details.get("tensor"):
-                continue
-            try:
-                found = hints(s, {**failure.details, "property": name})
-            except Exception:  # a guess must never hide the failure that it is about
-                found = []
-            if found:
-                return found[:3]
+def _guesses(error: CheckFailure, name: str, s: Sample, rich: Sequence[Sample]) -> list[str]:
+    """Up to three hints. The example shown is the smallest, and may be too small for a pattern that a rich one has."""
+    others: dict[str, list[Hint]] = {}
+    for other in rich:
+        shapes = ", ".join(f"{x} {tuple(t.shape)}" for x, t in calls.named("x", other.inputs).items())
+        others.setdefault(shapes, _hints(error, name, other))
+    return agreed(_hints(error, name, s), others)[:3]
+
+
+def _hints(error: CheckFailure, name: str, s: Sample) -> list[Hint]:
+    """The hints of an example in which the same tensor is wrong as in `error`."""
+    try:
+        PROPERTIES[name].check(s)
+    except CheckFailure as first:
+        for failure in (first, *first.details.get("also", ())):
+            if failure.details.get("tensor") == error.details.get("tensor"):
+                with contextlib.suppress(Exception):  # a guess must never hide the failure that it is about
+                    return hints(s, {**failure.details, "property": name})
     return []
 
 

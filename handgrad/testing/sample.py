@@ -94,9 +94,17 @@ class Sample:
         subject.set_mode(twin, training)
         return replace(self, layer=twin)
 
+    def tensors(self) -> list[Tensor]:
+        """Everything that was drawn: inputs, douts, and what is in the layer."""
+        return [*self.inputs, *self.douts, *subject.tensors(self.layer).values()]
+
+    def richness(self) -> int:
+        """How many numbers in the example are not zero."""
+        return sum(int(t.count_nonzero()) for t in self.tensors())
+
     def key(self) -> int:
         """A hash of everything in the example, to count distinct ones."""
-        everything = [*self.inputs, *self.douts, *subject.tensors(self.layer).values()]
+        everything = self.tensors()
         return hash((repr(self.layer), *((tuple(t.shape), t.detach().cpu().numpy().tobytes()) for t in everything)))
 
 

@@ -335,7 +335,7 @@ faults(
     ("the last chunk's dweight only", "dweight.addmm_(dz.t(), rows[a:b])", "dweight = dz.t() @ rows[a:b]"),
     ("the onehot forgotten", "dz.scatter_add_(1, y[a:b, None], -dloss[a:b, None])", "pass"),
     ("ignored rows not ignored", "used.to(x.dtype)", "x.new_ones(len(y))"),
-    ("divided by all rows", "dloss.sum().clamp_min_(1)", "max(len(y), 1)", "edges"),
+    ("divided by all rows", "dloss.sum().clamp_min_(1)", "max(len(y), 1)"),
     ("the bias forgotten in z", "dz = linear(rows[a:b], weight, bias)", "dz = linear(rows[a:b], weight)"),
     ("dout forgotten for dweight", "dbias.add_(dz.sum(0))", "dbias.add_(dz.mean(0))"),
 )

@@ -87,7 +87,7 @@ def test_a_layer_without_backward_is_told_the_contract():
         def forward(self, x):
             return x
 
-    with pytest.raises(ContractError, match=r"OneWay\(\) has no backward"):
+    with pytest.raises(ContractError, match=r"OneWay\(\) has no backward\.\nThe contract of a layer"):
         check_layer(OneWay, x="*N")
 
 
@@ -116,6 +116,93 @@ def test_a_gradient_for_integers_is_a_contract_error():
 
     with pytest.raises(ContractError, match="dx must be None, for the input is not floating point"):
         check_layer(lambda V, D: Looks(V, D), x="N < V")
+
+
+@pytest.mark.parametrize("stack", [True, False], ids=["beside an empty record", "alone"])
+def test_a_record_in_an_attribute_is_told_the_contract(stack):
+    """In whatever the attribute holds; the cause is established by putting it back."""
+
+    class Square(Layer):
+        def forward(self, x):
+            self.cache = (x, "anything")
+            out = x * x
+            if stack:
+                self.push(out=out)
+            return out
+
+        def backward(self, dout):
+            if stack:
+                self.pop(dout)
+            return 2 * self.cache[0] * dout
+
+    with pytest.raises(ContractError) as caught:
+        check_layer(Square, x="*N")
+    text = str(caught.value)
+    assert "forward keeps cache in attributes, where the next forward overwrites" in text
+    assert "It is right once each backward finds cache as its own forward left it" in text
+    assert "self.push(cache, out=out)\nin forward, (cache,) = self.pop(dout) in backward" in text
+    assert "The contract of a layer" in text
+    assert isinstance(caught.value.__cause__, CheckFailure)
+
+
+def test_another_mistake_of_reuse_is_not_blamed_on_attributes():
+    """A counter in an attribute is no record."""
+
+    class Queue(Layer):
+        uses = 0
+
+        def forward(self, x):
+            self.uses += 1
+            self.queue = [*getattr(self, "queue", []), x] if torch.is_grad_enabled() else self.queue
+            out = x * x
+            self.push(out=out)
+            return out
+
+        def backward(self, dout):
+            self.pop(dout)
+            x, *self.queue = self.queue  # the oldest, not the latest
+            return 2 * x * dout
+
+        def __getstate__(self):
+            return {**super().__getstate__(), "queue": []}
+
+    with pytest.raises(CheckFailure) as caught:
+        check_layer(Queue, x="N", sizes={"N": (2, 2)})
+    assert caught.value.details["property"] == "reuse"
+    assert not isinstance(caught.value, ContractError)
+
+
+@pytest.mark.parametrize(
+    ("returned", "text"),
+    [
+        (lambda dx: None, "backward must return dx as a tensor like x, got None"),
+        (lambda dx: (dx,), "backward must return dx as a tensor like x, got a tuple"),
+        (lambda dx: [dx], "backward must return dx as a tensor like x, got a list"),
+    ],
+    ids=["None", "tuple", "list"],
+)
+def test_what_backward_returns_is_told_the_contract(returned, text):
+    """One input: one tensor."""
+
+    class Returns(Double):
+        def backward(self, dout):
+            return returned(super().backward(dout))
+
+    with pytest.raises(ContractError) as caught:
+        check_layer(Returns, x="*N")
+    assert text in str(caught.value)
+    assert "The contract of a layer" in str(caught.value)
+
+
+def test_what_forward_returns_is_told():
+    """A tensor, or a tuple of them."""
+
+    class Returns(Double):
+        def forward(self, x):
+            return [super().forward(x)]
+
+    with pytest.raises(ContractError, match="forward must return a tensor or a tuple of them; output is a list"):
+        check_layer(Returns, x="*N")
 
 
 def test_a_crash_is_reported_with_the_input():
@@ -211,8 +298,8 @@ def test_a_wrong_forward_needs_a_reference():
 
 
 def test_buffers_are_compared_with_the_module():
-    """A momentum that differs shows in running_mean."""
-    with pytest.raises(OutputMismatch, match="running_mean is wrong after forward number 1"):
+    """A momentum that differs shows in the running statistics."""
+    with pytest.raises(OutputMismatch, match=r"running_(mean|var) is wrong after forward number 1"):
         check_layer(lambda C: BatchNorm1d(C, momentum=0.2), x="N C", module=lambda C: nn.BatchNorm1d(C))
 
 

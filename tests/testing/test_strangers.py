@@ -62,10 +62,13 @@ def test_a_forgotten_path_is_named():
     assert "a path through a sum is missing" in text
 
 
-def test_a_record_in_attributes_is_named():
-    """The attributes are listed."""
-    text = failure(rownorm, strangers.RowNormAttributes, GradientMismatch)
-    assert "forward keeps length, out in attributes, where the next forward overwrites it" in text
+def test_a_record_in_attributes_is_explained():
+    """The attributes are listed, and the contract is told."""
+    text = failure(rownorm, strangers.RowNormAttributes, ContractError)
+    assert "forward keeps length, out in attributes, where the next forward overwrites what the backward" in text
+    assert "self.push(length, out, out=out)\nin forward, (length, out) = self.pop(dout) in backward" in text
+    assert "hint" not in text
+    assert "records what backward needs on a stack" in text
 
 
 def test_a_forgotten_input_is_explained():
@@ -79,4 +82,4 @@ def test_a_mean_for_a_sum_is_named():
     """By the factor and what it equals."""
     text = failure(bilinear, strangers.BilinearMean, GradientMismatch)
     assert "weight is wrong" in text
-    assert "times the right one; 1/(x[0].shape[0])" in text
+    assert "times the right one, which is 1/(x[0].shape[0])" in text

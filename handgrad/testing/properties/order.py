@@ -9,7 +9,7 @@ import torch
 from handgrad.errors import StateError
 from handgrad.layer import Layer
 from handgrad.testing import calls, judge, subject
-from handgrad.testing.errors import ContractError, OutputMismatch
+from handgrad.testing.errors import CheckFailure, ContractError, OutputMismatch
 from handgrad.testing.sample import NotApplicable, Sample, prop
 
 
@@ -54,42 +54,79 @@ def assert_reuse(s: Sample) -> None:
 
     A forward under torch.no_grad() records nothing, so it does not come between.
     """
-    first, second = s.result, _second_run(s)
     twin = s.copy()
-    attributes = subject.tensors(twin)
-    hint = ""
+    try:
+        _two_forwards_two_backwards(s, twin)
+    except CheckFailure as failure:
+        _explain_attributes(s, failure)
+        raise
+    _assert_refused(twin, s)
+
+
+def _two_forwards_two_backwards(s: Sample, twin: Any, put_back: bool = False) -> list[str]:
+    """Compare them with separate runs; returns the attributes that the second forward has replaced.
+
+    With `put_back` each backward finds the attributes as its own forward left them.
+    """
+    first, second = s.result, _second_run(s)
     with subject.private_rng(s.seed), torch.enable_grad():
         calls.forward(twin, s.inputs)
+        after_first = _Attributes(twin)
         calls.forward(twin, s.other_inputs)
-        kept = [name for name, t in subject.tensors(twin).items() if attributes.get(name) is not t]
-        if kept:
-            hint = f"; forward keeps {', '.join(kept)} in attributes, where the next forward overwrites it"
+        after_second = _Attributes(twin)
         with torch.no_grad():
             calls.forward(twin, s.inputs)
-        with _explained(hint):
-            dx2 = calls.backward(twin, s.other_inputs, s.other_douts)
-            dx1 = calls.backward(twin, s.inputs, s.douts)
+        if put_back:
+            after_second.put_back()
+        dx2 = calls.backward(twin, s.other_inputs, s.other_douts)
+        if put_back:
+            after_first.put_back()
+        dx1 = calls.backward(twin, s.inputs, s.douts)
     limit = judge.within(judge.SAME_CODE, s.floor)
-    text = f" after forward(x1), forward(x2), backward(d2), backward(d1){hint}"
+    text = " after forward(x1), forward(x2), backward(d2), backward(d1)"
     judge.judge(dx2, {name: second.grads[name] for name in dx2}, limit, f" of the second forward{text}")
     judge.judge(dx1, {name: first.grads[name] for name in dx1}, limit, f" of the first forward{text}")
     params = subject.parameters(twin)
     both = {name: _sum(first.grads[name], second.grads[name]) for name in params}
     judge.judge(calls.gradients(twin), both, limit, text)
-    _assert_refused(twin, s)
+    return after_second.replaced(after_first)
 
 
-class _explained:  # noqa: N801  # reads as a statement
-    """Add what is known about attributes to whatever backward raises."""
+class _Attributes:
+    """What the attributes of a layer, and of those inside it, hold now."""
 
-    def __init__(self, hint: str) -> None:
-        self.hint = hint
+    def __init__(self, layer: Any) -> None:
+        layer = subject.unwrap(layer)
+        layers = [inner for _, inner in layer.named_layers()] if hasattr(layer, "named_layers") else [layer]
+        self.live: list[dict[str, Any]] = [getattr(inner, "__dict__", {}) for inner in layers]
+        self.held = [dict(live) for live in self.live]
 
-    def __enter__(self) -> None: ...
+    def replaced(self, before: _Attributes) -> list[str]:
+        """The names of those that held something else before."""
+        pairs = zip(before.held, self.held)
+        return [name for old, new in pairs for name, value in new.items() if old.get(name) is not value]
 
-    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-        if error is not None and hasattr(error, "message"):
-            error.message += f"\n  after forward(x1), forward(x2), then backward(d2), backward(d1){self.hint}"
+    def put_back(self) -> None:
+        """Let them hold it again."""
+        for live, held in zip(self.live, self.held):
+            live.clear()
+            live.update(held)
+
+
+def _explain_attributes(s: Sample, failure: CheckFailure) -> None:
+    """Raise ContractError where all is right once each backward finds the attributes of its own forward."""
+    try:
+        names = _two_forwards_two_backwards(s, s.copy(), put_back=True)
+    except CheckFailure:
+        return
+    kept = ", ".join(names)
+    raise ContractError(
+        f"forward keeps {kept} in attributes, where the next forward overwrites what the backward of this one needs:\n"
+        f"  {failure.message.splitlines()[0]}\n"
+        f"It is right once each backward finds {kept} as its own forward left it, so keep a record instead: "
+        f"self.push({kept}, out=out)\nin forward, ({kept}{',' if len(names) == 1 else ''}) = self.pop(dout) in "
+        f"backward.\n{calls.CONTRACT}"
+    ) from failure
 
 
 def _assert_refused(twin: Any, s: Sample) -> None:

@@ -1,0 +1,285 @@
+"""The hint of a failure leads to the mistake, and speaks of the example that is printed or says of which other one."""
+
+from __future__ import annotations
+
+import re
+
+import hypothesis
+import pytest
+import torch
+
+from handgrad import Embedding, Layer, parameter
+from handgrad.testing import CheckFailure, check_layer
+from handgrad.testing.hints import Hint, agreed
+
+
+@pytest.fixture(autouse=True)
+def _the_same_examples():
+    """A hint is a guess: these tests are about the texts, not about luck."""
+    before = hypothesis.settings()
+    hypothesis.settings.register_profile("hints", parent=before, derandomize=True, max_examples=60)
+    hypothesis.settings.register_profile("before", parent=before)
+    hypothesis.settings.load_profile("hints")
+    yield
+    hypothesis.settings.load_profile("before")
+
+
+def hints(make, x, **what) -> list[str]:
+    """The hints of the failure."""
+    with pytest.raises(CheckFailure) as caught:
+        check_layer(make, x, **what)
+    return re.findall(r"  hint: (.*)", str(caught.value))
+
+
+class Affine(Layer):
+    """out = x weight + bias, gain times: right, and the ground for mistakes."""
+
+    weight = parameter("D", "H")
+    bias = parameter("H")
+    gain = parameter()
+
+    def __init__(self, D, H):
+        self.weight, self.bias, self.gain = torch.ones(D, H), torch.zeros(H), torch.ones(())
+
+    def forward(self, x):
+        raw = x @ self.weight + self.bias
+        out = raw * self.gain
+        self.push(x, raw, self.weight, self.gain, out=out)
+        return out
+
+    def backward(self, dout):
+        x, raw, weight, gain = self.pop(dout)
+        self.gain_grad(gain, dout, raw)
+        draw = self.through_gain(dout, gain)
+        self.weight_grad(weight, x, draw)
+        self.bias_grad(self.bias, draw)
+        return self.dx(draw, weight)
+
+    def gain_grad(self, gain, dout, raw):
+        self.add_grad(gain, (dout * raw).sum())
+
+    def through_gain(self, dout, gain):
+        return dout * gain
+
+    def weight_grad(self, weight, x, draw):
+        self.add_grad(weight, x.t() @ draw)
+
+    def bias_grad(self, bias, draw):
+        self.add_grad(bias, draw.sum(0))
+
+    def dx(self, draw, weight):
+        return draw @ weight.t()
+
+
+def wrong(**method):
+    """Affine with one method replaced."""
+    return type("Wrong", (Affine,), method)
+
+
+def affine(**method) -> list[str]:
+    """The hints about Affine with one method replaced."""
+    return hints(lambda D, H: wrong(**method)(D, H), "N D")
+
+
+def test_values_that_are_not_finite():
+    assert affine(dx=lambda self, draw, weight: (draw @ weight.t()) / 0)[0] == "not finite where the right gradient is"
+
+
+def test_zeros():
+    assert "backward gives zeros everywhere" in affine(dx=lambda self, draw, weight: 0 * draw @ weight.t())
+
+
+def test_the_identity():
+    class Passes(Layer):
+        def forward(self, x):
+            out = x.square()
+            self.push(out=out)
+            return out
+
+        def backward(self, dout):
+            self.pop(dout)
+            return dout
+
+    assert "it equals dout: as if the layer were the identity" in hints(Passes, "*N")
+
+
+def test_a_transpose():
+    def transposed(self, weight, x, draw):
+        self.add_grad(weight, draw.t() @ x)
+
+    found = hints(lambda D: wrong(weight_grad=transposed)(D, D), "N D")
+    assert any("it is the transpose of the right one" in hint for hint in found), found
+
+
+def test_a_sign():
+    found = affine(dx=lambda self, draw, weight: -draw @ weight.t())
+    assert any("the sign is wrong" in hint for hint in found), found
+
+
+def test_a_mean_for_a_sum():
+    """The number of rows is named, in the example printed or in one whose shape is given."""
+    found = affine(bias_grad=lambda self, bias, draw: self.add_grad(bias, draw.sum(0) / max(len(draw), 1)))
+    number = r"it is (0\.5|0\.333333|0\.25) times the right one, which is 1/\(x\.shape\[0\]\)"
+    assert any(re.search(number, hint) for hint in found), found
+
+
+def test_one_less_than_the_rows():
+    class Mean(Layer):
+        def forward(self, x):
+            out = x.mean(0)
+            self.push(x.shape, out=out)
+            return out
+
+        def backward(self, dout):
+            (shape,) = self.pop(dout)
+            return (dout / (shape[0] - 1)).expand(shape).clone()
+
+    found = hints(Mean, "N D", sizes={"N": (2, 6)})
+    assert any("times the right one, which is n/(n - 1) for n = x.shape[0]" in hint for hint in found), found
+
+
+def test_a_constant_factor():
+    """Two examples agree on what it is: no size that happens to be 2 in one of them."""
+    (hint, *_) = affine(dx=lambda self, draw, weight: 2 * draw @ weight.t())
+    assert hint.endswith("it is 2 times the right one, which is a factor 2")
+
+
+def test_a_forgotten_scalar():
+    found = affine(through_gain=lambda self, dout, gain: dout)
+    assert any("times the right one, which is 1/gain" in hint for hint in found), found
+    assert any("it is right when gain = 1: the formula misses gain there" in hint for hint in found), found
+
+
+def test_a_forgotten_mean():
+    class Centred(Layer):
+        def forward(self, x):
+            out = x - x.mean(0)
+            self.push(out=out)
+            return out
+
+        def backward(self, dout):
+            self.pop(dout)
+            return dout.clone()
+
+    found = hints(Centred, "N D")
+    text = "it is off by the same amount all along dimension 0: a sum or mean over it is missing"
+    assert any(text in hint for hint in found), found
+
+
+@pytest.mark.parametrize("base", ["x", "out"])
+def test_a_forgotten_path(base):
+    """Each row divided by its length, the length taken for a constant."""
+
+    class Unit(Layer):
+        def forward(self, x):
+            length = (x.square().sum(-1, keepdim=True) + 0.1).sqrt()
+            out = x / length if base == "out" else length + 0 * x
+            self.push(length, x, out=out)
+            return out
+
+        def backward(self, dout):
+            length, x = self.pop(dout)
+            return dout / length if base == "out" else 0 * x
+
+    found = hints(Unit, "N D")
+    text = "it is off by a multiple of x along dimension 1: a path through a sum is missing"
+    assert any(text in hint for hint in found), found
+
+
+def test_one_wrong_index():
+    def forgets_last(self, draw, weight):
+        dx = draw @ weight.t()
+        dx[:, -1] = 0
+        return dx
+
+    found = affine(dx=forgets_last)
+    assert any(re.search(r"it is wrong only at index \d of dimension 1", hint) for hint in found), found
+
+
+def test_an_overwritten_gradient():
+    def assigned(self, bias, draw):
+        bias.grad = draw.sum(0)
+
+    (hint,) = affine(bias_grad=assigned)
+    assert hint == "it holds the latest gradient alone: backward assigns .grad where it must add (add_grad does)"
+
+
+def test_equal_indices():
+    class Assigns(Embedding):
+        def backward(self, dout):
+            x, *_ = self.pop(dout)
+            grad = torch.zeros_like(self.weight)
+            grad[x] = dout
+            self.add_grad(self.weight, grad)
+
+    found = hints(lambda V, D: Assigns(V, D), "N < V")
+    text = "of equal indices only the last one arrived: add them up (index_add_), do not assign"
+    assert any(text in hint for hint in found), found
+
+
+def test_a_gradient_never_added():
+    (hint,) = affine(bias_grad=lambda self, bias, draw: None)
+    assert hint == "backward never adds to it: add_grad(parameter, gradient)"
+
+
+def test_a_dimension_lost():
+    class Flat(Layer):
+        def forward(self, x):
+            out = 2 * x.reshape(-1)
+            self.push(out=out)
+            return out
+
+        def backward(self, dout):
+            self.pop(dout)
+            return 2 * dout
+
+    (hint,) = hints(Flat, "N D")
+    assert re.fullmatch(r"the elements are as many: a reshape to \(\d, \d\) is missing", hint)
+
+
+def test_a_broadcast_forgotten():
+    class Sum(Layer):
+        def forward(self, x, y):
+            out = x + y
+            self.push(out=out)
+            return out
+
+        def backward(self, dout):
+            self.pop(dout)
+            return dout.clone(), dout.clone()
+
+    found = hints(Sum, ["N D", "D"])
+    text = r"x\[1\] was broadcast on the way to out, so its gradient must be summed back to \(\d,\)"
+    assert any(re.search(text, hint) for hint in found), found
+
+
+def test_a_transposed_shape():
+    found = affine(dx=lambda self, draw, weight: weight @ draw.t())
+    assert any(hint.endswith("it is transposed") for hint in found), found
+
+
+def test_numbers_are_those_of_the_example_printed():
+    """Or the hint names the shape of the example that it is about."""
+    with pytest.raises(CheckFailure) as caught:
+        check_layer(
+            lambda D, H: wrong(bias_grad=lambda self, bias, draw: self.add_grad(bias, draw.mean(0)))(D, H), "N D"
+        )
+    text = str(caught.value)
+    rows = re.search(r"\n  x +=.*# shape \((\d+), \d+\)", text)[1]
+    for hint in re.findall(r"  hint: (.*)", text):
+        ratio = re.search(r"it is ([\d.]+) times", hint)
+        if ratio:
+            about = re.match(r"on another example, x \((\d+), \d+\): ", hint)
+            assert float(ratio[1]) == pytest.approx(1 / int(about[1] if about else rows), rel=1e-5)
+
+
+def test_several_examples_are_heard():
+    """What the others show, too, is said of the first, with the meanings they share; the rest says whose it is."""
+    ratio = lambda n, *meanings: Hint(f"it is {n} times the right one", "ratio", meanings)  # noqa: E731
+    small, large = ratio(2, "x.shape[0]", "a factor 2"), ratio(3, "x.shape[0]", "x.shape[1]")
+    assert agreed([small], {"x (3, 3)": [large]}) == ["it is 2 times the right one, which is x.shape[0]"]
+    by_chance, sign = Hint("it equals dout"), Hint("the sign is wrong")
+    assert agreed([by_chance], {"x (3, 3)": [sign]}) == ["on another example, x (3, 3): the sign is wrong"]
+    assert agreed([by_chance], {"x (3, 3)": []}) == ["it equals dout"]
+    third = {"x (3, 3)": [large], "x (3, 2)": [ratio(3, "x.shape[0]")]}
+    assert agreed([], third) == ["on another example, x (3, 3): it is 3 times the right one, which is x.shape[0]"]

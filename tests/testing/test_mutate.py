@@ -1,0 +1,111 @@
+"""The mutation tool: it builds what it changes faithfully, and what it has judged is not lost."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import inspect
+import json
+import sys
+import textwrap
+
+import pytest
+
+from handgrad.testing import mutate
+
+LAYER = """
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from handgrad import Layer
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class Base(Layer):
+    def factor(self) -> float:
+        return 2.0
+
+
+class Double(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        out = x * 2.0
+        self.push(out=out)
+        return out
+
+    def backward(self, dout: Tensor) -> Tensor:
+        factor: Tensor = super().factor()
+        self.pop(dout)
+        return dout * factor
+"""
+CASES = """
+from types import SimpleNamespace
+
+import doubling
+from handgrad.testing import check_layer
+
+CASES = {
+    "Double": SimpleNamespace(
+        covers=doubling.Double, keywords={}, run=lambda **more: check_layer(doubling.Double, x="*N", **more)
+    )
+}
+"""
+
+
+@pytest.fixture
+def doubling(tmp_path, monkeypatch):
+    """A module of one layer, its names for type checkers missing at run time, and the file of its case."""
+    (tmp_path / "doubling.py").write_text(LAYER)
+    (tmp_path / "cases.py").write_text(CASES)
+    monkeypatch.syspath_prepend(tmp_path)
+    yield importlib.import_module("doubling")
+    del sys.modules["doubling"]
+
+
+def test_a_rebuilt_function_works_as_before(doubling):
+    """With annotations that name nothing at run time, and with super()."""
+    tree = ast.parse(textwrap.dedent(inspect.getsource(doubling.Double.backward))).body[0]
+    doubling.Double.backward = mutate.build(tree, doubling.Double, doubling)
+    cases = mutate.load_cases(str(inspect.getfile(doubling)).replace("doubling.py", "cases.py"))
+    assert cases["Double"].run().properties[0].examples > 0
+
+
+def test_what_was_judged_before_an_interrupt_is_in_the_file(doubling, tmp_path, monkeypatch, capsys):
+    """Every verdict is written as it comes."""
+    arguments = ["doubling", "--cases", str(tmp_path / "cases.py"), "--json", str(tmp_path / "verdicts.json")]
+    judged = mutate.judge_all
+
+    def interrupted(*what):
+        verdicts = judged(*what)
+        yield next(verdicts)
+        yield next(verdicts)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(mutate, "judge_all", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            mutate.main(arguments)
+    (verdicts,) = json.loads((tmp_path / "verdicts.json").read_text()).values()
+    assert len(verdicts) == 2
+    capsys.readouterr()
+    assert mutate.main(arguments) == 0
+    shown = capsys.readouterr()
+    total = len(list(mutate.mutants(doubling)))
+    assert shown.out.split()[-5:] == ["doubling", str(total), str(total), "0", "0"]
+    assert f"{total}/{total}" in shown.err
+
+
+def test_an_edit_of_the_source_while_it_runs_changes_no_mutant(doubling, tmp_path, monkeypatch, capsys):
+    """All sources are read at the start."""
+    judged = mutate.judge_all
+
+    def edited(*what):
+        (tmp_path / "doubling.py").write_text("raise HandgradError\n" * 60)
+        return judged(*what)
+
+    total = str(len(list(mutate.mutants(doubling))))
+    monkeypatch.setattr(mutate, "judge_all", edited)
+    assert mutate.main(["doubling", "--cases", str(tmp_path / "cases.py")]) == 0
+    assert capsys.readouterr().out.split()[-5:] == ["doubling", total, total, "0", "0"]
