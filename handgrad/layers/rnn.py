@@ -113,12 +113,12 @@ class Cell(Layer):
             after, saved_t = self.step(a_t, b_t, *states[-1])
             states.append(after)
             saved.append(saved_t)
-        h, *c = [
+        all_states = [
             torch.stack(tensors) for tensors in zip(*states)
-        ]  # (T + 1, ..., H): before the first step and after each
-        out = (h[1:], _bare(states[-1]))
-        kept = [torch.stack(tensors) for tensors in zip(*saved)]
-        self.push(x, self.weight_ih, self.weight_hh, h[:-1], *[t[:-1] for t in c], *kept, out=out)
+        ]  # (T + 1, ..., H): the first, and after each step
+        out = (all_states[0][1:], _bare(states[-1]))
+        before, kept = [t[:-1] for t in all_states], [torch.stack(tensors) for tensors in zip(*saved)]
+        self.push(x, self.weight_ih, self.weight_hh, *before, *kept, out=out)
         return out
 
     def scan_backward(self, dout: Tensor, dstate: Any, need_dx: bool = True) -> Any:
