@@ -217,6 +217,18 @@ layer(
         .reshape(x.shape)
     ),
 )
+for cell, module, state in (
+    (hg.RNNCell, nn.RNN, "N H"),
+    (hg.GRUCell, nn.GRU, "N H"),
+    (hg.LSTMCell, nn.LSTM, ("N H",) * 2),
+):
+    layer(
+        f"{cell.__name__} over time",
+        lambda D, H, bias, cell=cell: hg.Unroll(cell(D, H, bias)),
+        ["N T D", state],
+        options={"bias": BOTH},
+        reference=lambda layer, x, state, module=module: _recurrent(module, layer.cell, x, state),
+    )
 CELL = {"sizes": {"*N": (0, 1)}, "options": {"bias": BOTH}}
 layer(
     "RNNCell",
@@ -247,18 +259,6 @@ layer(
     module=lambda D, H: nn.RNNCell(D, H, nonlinearity="relu"),
     sizes=CELL["sizes"],
 )
-for cell, module, state in (
-    (hg.RNNCell, nn.RNN, "N H"),
-    (hg.GRUCell, nn.GRU, "N H"),
-    (hg.LSTMCell, nn.LSTM, ("N H",) * 2),
-):
-    layer(
-        f"{cell.__name__} over time",
-        lambda D, H, bias, cell=cell: hg.Unroll(cell(D, H, bias)),
-        ["N T D", state],
-        options={"bias": BOTH},
-        reference=lambda layer, x, state, module=module: _recurrent(module, layer.cell, x, state),
-    )
 
 
 class OneByOne(hg.LSTMCell):
