@@ -63,22 +63,27 @@ Record: TypeAlias = tuple[tuple[Any, ...], list[int], Spec]
 and what dout must be like. Plain tuples: every step makes one a layer."""
 
 
-def blocks(*tensors: Tensor) -> Iterable[tuple[Tensor, ...]]:
-    """The tensors, of equal shape, cut along dimension 0 into pieces that the processor's cache can hold.
+def blocks(*tensors: Tensor, scratch: int = 0) -> Iterable[tuple[Tensor, ...]]:
+    """The tensors, as long as each other, cut along dimension 0 into pieces that the processor's cache can hold.
 
-    Several passes over a piece then cost one trip to memory, which for large tensors is what takes the time. Small
-    tensors come whole, and all of them in a compiled graph, which makes one pass of several by itself.
+    Several passes over a piece then cost one trip to memory, which for large tensors is what takes the time. After the
+    tensors come `scratch` more, like the first, for intermediate results: the same memory for every piece, because
+    fresh memory costs more than the arithmetic. Small tensors come whole, and all of them in a compiled graph, which
+    makes one pass of several by itself.
     """
-    count = tensors[0].numel()
+    first = tensors[0]
+    count = first.numel()
     if count <= BLOCK or is_compiling():
-        return (tensors,)
-    return zip(*[torch.split(t, max(1, BLOCK * len(t) // count)) for t in tensors])
+        return ((*tensors, *[torch.empty_like(first) for _ in range(scratch)]),)
+    length = max(1, BLOCK * len(first) // count)
+    spare = [torch.empty_like(first[:length]) for _ in range(scratch)]
+    pieces = zip(*[torch.split(t, length) for t in tensors])
+    return ((*piece, *[t[: len(piece[0])] for t in spare]) for piece in pieces)
 
 
-def sum_of_products(a: Tensor, b: Tensor, dims: tuple[int, ...]) -> Tensor:
-    """(a * b).sum(dims), without ever holding all the products; dims must contain 0."""
-    sums = [(p * q).sum(dims) for p, q in blocks(a, b)]
-    return sums[0] if len(sums) == 1 else torch.stack(sums).sum(0)
+def total(parts: list[Tensor]) -> Tensor:
+    """The sum of what the blocks gave, elementwise."""
+    return parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
 
 
 class LoadResult(NamedTuple):

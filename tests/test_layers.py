@@ -19,6 +19,14 @@ def test_every_property_of(name):
     assert report.properties[0].examples > 0
 
 
+@pytest.mark.parametrize("name", [n for n, c in CASES.items() if hasattr(inspect.getmodule(c.covers), "blocks")])
+def test_every_property_in_pieces_of(name, monkeypatch):
+    """What goes through memory in pieces does so rightly: here a piece is no more than four numbers, if not one row."""
+    monkeypatch.setattr(handgrad.layer, "BLOCK", 4)
+    report = CASES[name].run(skip={"sensitivity": "as above", **CASES[name].keywords.get("skip", {})}, examples=25)
+    assert report.properties[0].examples > 0
+
+
 def test_every_public_layer_and_loss_has_a_case():
     """A new layer must come with its line in cases.py. What from_torch makes of a module is a layer, too."""
     base = {handgrad.Layer, handgrad.Loss}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ class Tanh(Layer):
 
     Forward:   out = tanh(x)
     Shapes:    any
-    Backward:  tanh' = 1 - tanh^2, hence dx = dout (1 - out^2) = dout - (dout out) out
+    Backward:  tanh' = 1 - tanh^2, hence dx = dout (1 - out^2) = dout - dout out^2
     Recorded:  out. Changing out in place before the backward is a StateError.
     Raises:    DtypeError; ShapeError and StateError from backward.
 
@@ -39,8 +40,8 @@ class Tanh(Layer):
         # out = tanh(x)
         dx = torch.empty_like(dout)
         for d, o, result in blocks(dout, out, dx):
-            torch.mul(d, o, out=result)
-            torch.addcmul(d, result, o, value=-1, out=result)
+            torch.mul(o, o, out=result)
+            torch.addcmul(d, d, result, value=-1, out=result)
         return dx
 
 
@@ -49,7 +50,7 @@ class Sigmoid(Layer):
 
     Forward:   out = 1/(1 + exp(-x))
     Shapes:    any
-    Backward:  d out / dx = exp(-x)/(1 + exp(-x))^2 = out (1 - out), hence dx = dout out (1 - out)
+    Backward:  d out / dx = exp(-x)/(1 + exp(-x))^2 = out (1 - out) = out - out^2, hence dx = dout (out - out^2)
     Recorded:  out. Changing out in place before the backward is a StateError.
     Raises:    DtypeError; ShapeError and StateError from backward.
 
@@ -69,8 +70,10 @@ class Sigmoid(Layer):
     def backward(self, dout: Tensor) -> Tensor:
         (out,) = self.pop(dout)
         # out = 1/(1 + exp(-x))
-        dx: Tensor = 1 - out
-        return dx.mul_(out).mul_(dout)
+        dx = torch.empty_like(dout)
+        for d, o, result in blocks(dout, out, dx):
+            torch.addcmul(o, o, o, value=-1, out=result).mul_(d)
+        return dx
 
 
 class ReLU(Layer):
@@ -98,7 +101,10 @@ class ReLU(Layer):
     def backward(self, dout: Tensor) -> Tensor:
         (out,) = self.pop(dout)
         # out = max(x, 0): the slope, 1 or 0, is written as a number at once (a mask of bools is several times slower)
-        return torch.ne(out, 0, out=torch.empty_like(out)).mul_(dout)
+        dx = torch.empty_like(dout)
+        for d, o, result in blocks(dout, out, dx):
+            torch.ne(o, 0, out=result).mul_(d)
+        return dx
 
 
 class LeakyReLU(Layer):
@@ -129,8 +135,11 @@ class LeakyReLU(Layer):
     def backward(self, dout: Tensor) -> Tensor:
         (x,) = self.pop(dout)
         # out = x where x > 0, else negative_slope x
-        dx = torch.gt(x, 0, out=torch.empty_like(x)).mul_(dout)  # dout or 0
-        return dx.lerp_(dout, self.negative_slope)  # dx + negative_slope (dout - dx)
+        dx = torch.empty_like(dout)
+        for d, x_, result in blocks(dout, x, dx):
+            torch.gt(x_, 0, out=result).mul_(d)  # dout or 0
+            result.lerp_(d, self.negative_slope)  # dx + negative_slope (dout - dx)
+        return dx
 
     def extra_repr(self) -> str:
         return f"{self.negative_slope}"
@@ -141,7 +150,7 @@ class SiLU(Layer):
 
     Forward:   out = x s  with s = 1/(1 + exp(-x))
     Shapes:    any
-    Backward:  s' = s (1 - s), hence dx = dout (s + x s (1 - s)) = dout s (1 + x (1 - s))
+    Backward:  s' = s (1 - s), hence dx = dout (s + s x (1 - s))
     Recorded:  x
     Raises:    DtypeError; ShapeError and StateError from backward.
     Source:    Elfwing et al. 2017, arXiv:1702.03118
@@ -162,9 +171,12 @@ class SiLU(Layer):
     def backward(self, dout: Tensor) -> Tensor:
         (x,) = self.pop(dout)
         # out = x s
-        s = torch.sigmoid(x)
-        dx = torch.addcmul(x, x, s, value=-1)  # x (1 - s)
-        return dx.add_(1).mul_(s).mul_(dout)
+        dx = torch.empty_like(dout)
+        for d, x_, result, s in blocks(dout, x, dx, scratch=1):
+            torch.sigmoid(x_, out=s)
+            torch.addcmul(x_, x_, s, value=-1, out=result)  # x (1 - s)
+            torch.addcmul(s, s, result, out=result).mul_(d)
+        return dx
 
 
 class GELU(Layer):
@@ -175,8 +187,8 @@ class GELU(Layer):
     Shapes:    any
     Backward:  Phi'(x) = phi(x) = exp(-x^2/2)/sqrt(2 pi), hence
                dx = dout (Phi(x) + x phi(x))
-               For the tanh form, (1 + tanh u)/2 = s with s = 1/(1 + exp(-2u)), so that out = x s, s' = 2 u' s (1 - s),
-               dx = dout (s + 2 x u' s (1 - s)),  u' = k (1 + 3 a x^2)
+               For the tanh form, (1 + tanh u)/2 = s with s = 1/(1 + exp(-v)), v = 2u, so that out = x s and
+               dx = dout (s + s x v' (1 - s)),  x v' = 2k (x + 3 a x^3) = 3 v - 2w, w = 2k x
     Recorded:  x
     Raises:    ArgumentError for an unknown `approximate`; DtypeError; ShapeError and StateError from backward.
     Source:    Hendrycks and Gimpel 2016, arXiv:1606.08415
@@ -201,17 +213,25 @@ class GELU(Layer):
 
     def backward(self, dout: Tensor) -> Tensor:
         (x,) = self.pop(dout)
-        square = x * x
+        dx = torch.empty_like(dout)
         if self.approximate == "none":
-            # out = x Phi(x)
-            cdf = torch.erf(x * math.sqrt(0.5)).add_(1).mul_(0.5)
-            density = square.mul_(-0.5).exp_().mul_(1 / math.sqrt(2 * math.pi))
-            return cdf.addcmul_(x, density).mul_(dout)
-        # out = x s, s = sigmoid(2u)
-        k, a = math.sqrt(2 / math.pi), 0.044715
-        s = (square * (2 * k * a)).add_(2 * k).mul_(x).sigmoid_()  # 2u = x (2k + 2k a x^2)
-        slope: Tensor = square.mul_(6 * k * a).add_(2 * k)  # 2u'
-        return slope.mul_(x).mul_(1 - s).add_(1).mul_(s).mul_(dout)
+            # out = x (1 + erf)/2, erf = erf(x/sqrt 2)
+            for d, x_, result, erf in blocks(dout, x, dx, scratch=1):
+                torch.mul(x_, x_, out=result).mul_(-0.5).exp_()  # sqrt(2 pi) phi(x)
+                torch.mul(x_, math.sqrt(0.5), out=erf).erf_()
+                erf.addcmul_(x_, result, value=math.sqrt(2 / math.pi)).mul_(d)  # dout (erf + 2 x phi(x))
+                torch.lerp(d, erf, 0.5, out=result)  # (dout + dout (erf + 2 x phi(x)))/2
+        else:
+            # out = x s, s = 1/(1 + exp(-v)), v = w + a w x^2, w = 2k x
+            for d, x_, result, v, s in blocks(dout, x, dx, scratch=2):
+                torch.mul(x_, 2 * math.sqrt(2 / math.pi), out=result)  # w
+                torch.mul(x_, x_, out=v)
+                torch.addcmul(result, result, v, value=0.044715, out=v)
+                torch.sigmoid(v, out=s)
+                result.lerp_(v, 3.0)  # x v' = w + 3 (v - w)
+                result.addcmul_(result, s, value=-1)
+                torch.addcmul(s, s, result, out=result).mul_(d)
+        return dx
 
     def extra_repr(self) -> str:
         return "" if self.approximate == "none" else f"approximate={self.approximate!r}"
@@ -251,9 +271,11 @@ class Softmax(Layer):
     def backward(self, dout: Tensor) -> Tensor:
         (out,) = self.pop(dout)
         # out_c = exp(x_c) / sum_k exp(x_k)
-        dx: Tensor = dout * out
-        total = dx.sum(self.dim, keepdim=True)
-        return torch.sub(dout, total, out=dx).mul_(out)
+        dx = torch.empty_like(dout)
+        for d, o, result in _samples(self.dim, dout, out, dx):
+            total = torch.mul(d, o, out=result).sum(self.dim, keepdim=True)
+            torch.sub(d, total, out=result).mul_(o)
+        return dx
 
     def extra_repr(self) -> str:
         return f"dim={self.dim}"
@@ -288,8 +310,11 @@ class LogSoftmax(Layer):
     def backward(self, dout: Tensor) -> Tensor:
         (out,) = self.pop(dout)
         # out_c = x_c - log sum_k exp(x_k)
-        dx: Tensor = out.exp()
-        return torch.sub(dout, dx.mul_(dout.sum(self.dim, keepdim=True)), out=dx)
+        dx = torch.empty_like(dout)
+        for d, o, result in _samples(self.dim, dout, out, dx):
+            torch.exp(o, out=result).mul_(d.sum(self.dim, keepdim=True))
+            torch.sub(d, result, out=result)
+        return dx
 
     def extra_repr(self) -> str:
         return f"dim={self.dim}"
@@ -299,3 +324,8 @@ def _check_dim(layer: Layer, x: Tensor, dim: int) -> None:
     dims = max(x.dim(), 1)
     if not -dims <= dim < dims:
         raise layer.error(ShapeError, "forward", f"x must have dimension {dim}, got shape {tuple(x.shape)}")
+
+
+def _samples(dim: int, *tensors: Tensor) -> Iterable[tuple[Tensor, ...]]:
+    """The blocks of the tensors, which must not cut the dimension that is summed over."""
+    return (tensors,) if dim in (0, -tensors[0].dim()) else blocks(*tensors)

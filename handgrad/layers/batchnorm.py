@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.functional import batch_norm
 
 from handgrad.errors import ArgumentError, ShapeError
-from handgrad.layer import Layer, blocks, buffer, parameter, sum_of_products
+from handgrad.layer import Layer, blocks, buffer, parameter, total
 
 
 class BatchNorm1d(Layer):
@@ -107,10 +107,14 @@ class BatchNorm1d(Layer):
         shape, dims = dout.shape, (0,) if x.dim() == 2 else (0, 2)
         if self.channels_last:
             dout = dout.reshape(x.shape)
-        dx: Tensor = x - _column(mean, x)  # diff, whose memory becomes dx's
+        diff = torch.empty_like(x)  # whose memory becomes dx's
+        douts, products, mean = [], [], _column(mean, x)
+        for d, x_, part, product in blocks(dout, x, diff, scratch=1):
+            torch.sub(x_, mean, out=part)
+            douts.append(d.sum(dims))
+            products.append(torch.mul(d, part, out=product).sum(dims))
         # out = diff rstd weight + bias
-        dbias = dout.sum(dims)  # (C,)
-        dweight = sum_of_products(dout, dx, dims).mul_(rstd)  # (C,)
+        dbias, dweight = total(douts), total(products).mul_(rstd)  # (C,)
         self.add_grad(weight, dweight)
         self.add_grad(self.bias, dbias)
         if not need_dx:
@@ -118,13 +122,13 @@ class BatchNorm1d(Layer):
         # diff = x - mean, rstd = 1/sqrt(sum diff^2 / m + eps)
         scale = _column(rstd if weight is None else rstd * weight, x)
         if m is None:
-            return torch.mul(dout, scale, out=dx).view(shape)
+            return torch.mul(dout, scale, out=diff).view(shape)
         n = max(x.numel() // self.num_features, 1)
         through_mean, through_var = _column(dbias, x), _column(dweight * rstd, x)
-        for part, d in blocks(dx, dout):
+        for part, d in blocks(diff, dout):
             torch.addcmul(through_mean, part, through_var, value=n / max(m, 1), out=part)
             torch.sub(d, part, alpha=1 / n, out=part).mul_(scale)
-        return dx.view(shape)
+        return diff.view(shape)
 
     def _normalize(self, x: Tensor, k: float) -> tuple[Tensor, Tensor, Tensor]:
         """Out, mean and rstd from the batch's statistics, with k = m/n; in training, update the running ones.

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from handgrad.errors import ArgumentError, ShapeError
-from handgrad.layer import Layer, parameter
+from handgrad.layer import Layer, blocks, parameter, total
 
 
 class LayerNorm(Layer):
@@ -63,22 +63,27 @@ class LayerNorm(Layer):
 
     def backward(self, dout: Tensor, need_dx: bool = True) -> Tensor | None:
         x, mean, rstd, weight = self.pop(dout)
-        rows, n = rstd.numel(), math.prod(self.normalized_shape)
-        xhat: Tensor = torch.sub(x, mean).mul_(rstd)
-        # out = xhat weight + bias
-        product = dout * xhat
+        rows = [_rows(t, self.normalized_shape) for t in (dout, x)]
+        columns, shares = (mean.reshape(-1, 1), rstd.reshape(-1, 1)), _shares(weight)
+        dx = torch.empty_like(rows[1])
+        dweights, dbiases = [], []
+        for d, x_, m, r, xhat, product in blocks(*rows, *columns, dx, scratch=1):
+            torch.sub(x_, m, out=xhat).mul_(r)
+            # out = xhat weight + bias
+            dweights.append(torch.mul(d, xhat, out=product).sum(0))
+            dbiases.append(d.sum(0))
+            if not need_dx:
+                continue
+            # xhat = (x - mean) rstd; dx takes the memory of xhat
+            through_var, through_mean = _average(product, shares), _average(d, shares)  # avg(dxhat xhat) and avg(dxhat)
+            dxhat = d if weight is None else torch.mul(d, weight.reshape(-1), out=product)
+            xhat.mul_(through_var).add_(through_mean)
+            torch.sub(dxhat, xhat, out=xhat).mul_(r)
         if weight is not None:
-            self.add_grad(weight, product.reshape(rows, n).sum(0).view_as(weight))
+            self.add_grad(weight, total(dweights).view_as(weight))
         if self.bias is not None:
-            self.add_grad(self.bias, dout.reshape(rows, n).sum(0).view_as(self.bias))
-        if not need_dx:
-            return None
-        # xhat = (x - mean) rstd
-        through_var = _average(product, n, weight, rstd)  # avg(dxhat xhat), one a sample
-        through_mean = _average(dout, n, weight, rstd)  # avg(dxhat)
-        dxhat = dout if weight is None else torch.mul(dout, weight, out=product)
-        dx = xhat.mul_(through_var).add_(through_mean)
-        return torch.sub(dxhat, dx, out=dx).mul_(rstd)
+            self.add_grad(self.bias, total(dbiases).view_as(self.bias))
+        return dx.view(x.shape) if need_dx else None
 
     def extra_repr(self) -> str:
         affine = (
@@ -131,19 +136,22 @@ class RMSNorm(Layer):
 
     def backward(self, dout: Tensor, need_dx: bool = True) -> Tensor | None:
         x, rstd, weight = self.pop(dout)
-        rows, n = rstd.numel(), math.prod(self.normalized_shape)
-        xhat: Tensor = x * rstd
-        # out = xhat weight
-        product = dout * xhat
+        rows, shares = [_rows(t, self.normalized_shape) for t in (dout, x)], _shares(weight)
+        dx = torch.empty_like(rows[1])
+        dweights = []
+        for d, x_, r, xhat, product in blocks(*rows, rstd.reshape(-1, 1), dx, scratch=1):
+            torch.mul(x_, r, out=xhat)
+            # out = xhat weight
+            dweights.append(torch.mul(d, xhat, out=product).sum(0))
+            if not need_dx:
+                continue
+            # xhat = x rstd; dx takes the memory of xhat
+            through_rstd = _average(product, shares)  # avg(dxhat xhat)
+            dxhat = d if weight is None else torch.mul(d, weight.reshape(-1), out=product)
+            torch.sub(dxhat, xhat.mul_(through_rstd), out=xhat).mul_(r)
         if weight is not None:
-            self.add_grad(weight, product.reshape(rows, n).sum(0).view_as(weight))
-        if not need_dx:
-            return None
-        # xhat = x rstd
-        through_rstd = _average(product, n, weight, rstd)  # avg(dxhat xhat), one a sample
-        dxhat = dout if weight is None else torch.mul(dout, weight, out=product)
-        dx = xhat.mul_(through_rstd)
-        return torch.sub(dxhat, dx, out=dx).mul_(rstd)
+            self.add_grad(weight, total(dweights).view_as(weight))
+        return dx.view(x.shape) if need_dx else None
 
     def extra_repr(self) -> str:
         eps = "" if self.eps is None else f", eps={self.eps}"
@@ -165,11 +173,19 @@ def _check(layer: Layer, x: Tensor, shape: tuple[int, ...], weight: Tensor | Non
         raise layer.error(ShapeError, "forward", f"{last} of x must be {wanted}, got shape {tuple(x.shape)}")
 
 
-def _average(x: Tensor, n: int, weight: Tensor | None, like: Tensor) -> Tensor:
-    """The mean of x, times weight if there is one, over each sample of n; shaped like `like`: one value a sample."""
-    x = x.reshape(like.numel(), n)
-    average: Tensor = x.mean(1) if weight is None else (x @ weight.reshape(n)).div_(n)
-    return average.view_as(like)
+def _rows(x: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """A row a sample."""
+    return x.reshape(-1, math.prod(shape))
+
+
+def _shares(weight: Tensor | None) -> Tensor | None:
+    """Weight / n as a column: what each value of a row counts in the row's average of products with weight."""
+    return None if weight is None else weight.reshape(-1, 1) / weight.numel()
+
+
+def _average(rows: Tensor, shares: Tensor | None) -> Tensor:
+    """The mean over each row, times the weights if there are any, as a column."""
+    return rows.mean(1, keepdim=True) if shares is None else rows @ shares
 
 
 def _sizes(shape: tuple[int, ...]) -> str:

@@ -16,15 +16,16 @@ from handgrad.losses.loss import Loss
 class LinearCrossEntropy(Loss):
     """The last Linear of a classifier and its CrossEntropy in one, a few rows at a time: for a large vocabulary.
 
-    Forward:   z = x @ weight.T + bias with linear's weight and bias,  lse[n] = log sum_v exp(z[n, v])
-               loss[n] = lse[n] - z[n, y] for a row n with target y; 0 where y = ignore_index.
+    Forward:   z = x @ weight.T + bias with linear's weight and bias,  top[n] = max_v z[n, v]
+               log[n] = log sum_v exp(z[n, v] - top[n])
+               loss[n] = log[n] - (z[n, y] - top[n]) for a row n with target y; 0 where y = ignore_index.
                "sum" adds the rows up, "mean" divides that by the number of rows not ignored, "none" returns them.
-               Rows are taken `chunk_size` at a time; of z only lse and z[n, y] outlive their chunk.
+               Rows are taken `chunk_size` at a time; of z only top, log and z[n, y] outlive their chunk.
     Shapes:    x (..., D); target (...) int64; linear a Linear(D -> V); loss () or like target
-    Backward:  z is computed again, chunk by chunk. With p = exp(z - lse): the softmax,
+    Backward:  z is computed again, chunk by chunk. With p = exp(z - top - log), the softmax,
                dz[n, v] = dloss[n] (p[n, v] - [v = y]), with dloss = 0 where ignored and dout/(rows used) for the mean;
                dx = dz @ weight,  dweight = dz^T x,  dbias = sum_n dz[n]
-    Recorded:  x, target, lse, weight, bias: O(rows), not O(rows V)
+    Recorded:  x, target, top, log, weight, bias: O(rows), not O(rows V)
     Raises:    ShapeError; DtypeError; IndexRangeError for a target that is neither a class nor ignore_index;
                ArgumentError; StateError.
     Source:    torch.nn.LinearCrossEntropyLoss for parameters, keys and semantics; Wijmans et al. 2024,
@@ -67,13 +68,14 @@ class LinearCrossEntropy(Loss):
         rows, y = x.reshape(-1, x.shape[-1]), target.reshape(-1)
         used = self._used(y)  # None where every row is
         y = y if used is None else y.where(used, 0)
-        lses, losses = [], []
+        tops, logs, losses = [], [], []
         for a, b in self._chunks(len(y)):
             z = linear(rows[a:b], weight, bias)  # (chunk, V)
-            lses.append(z.logsumexp(1))
-            losses.append(lses[-1] - z.gather(1, y[a:b, None])[:, 0])
-        lse = torch.cat(lses) if lses else rows.new_zeros(0)
-        loss = torch.cat(losses) if losses else rows.sum(1)
+            tops.append(z.amax(1, keepdim=True))
+            right = z.sub_(tops[-1]).gather(1, y[a:b, None])
+            logs.append(z.exp_().sum(1, keepdim=True).log_())
+            losses.append(logs[-1] - right)
+        top, log, loss = (torch.cat(t)[:, 0] if t else rows.sum(1) for t in (tops, logs, losses))
         if used is not None:
             loss = loss.where(used, 0)
         if self.reduction == "none":
@@ -82,11 +84,11 @@ class LinearCrossEntropy(Loss):
             out = loss.sum()
         else:
             out = loss.sum() / (len(y) if used is None else used.sum())
-        self.push(x, y, used, lse, weight, bias, out=out)
+        self.push(x, y, used, top, log, weight, bias, out=out)
         return out
 
     def backward(self, dout: Tensor | None = None, need_dx: bool = True) -> Tensor | None:
-        x, y, used, lse, weight, bias = self.pop(dout)
+        x, y, used, top, log, weight, bias = self.pop(dout)
         rows = x.reshape(-1, x.shape[-1])
         dloss = x.new_ones(len(y)) if used is None else used.to(x.dtype)
         if self.reduction == "mean":
@@ -97,9 +99,9 @@ class LinearCrossEntropy(Loss):
         dweight = torch.zeros_like(weight)
         dbias = None if bias is None else torch.zeros_like(bias)
         for a, b in self._chunks(len(y)):
-            # loss = lse - z[y], so dz = dloss (p - onehot(y))
+            # loss = top + log - z[y], so dz = dloss (p - onehot(y)), p = exp(z - top - log)
             dz = linear(rows[a:b], weight, bias)
-            dz.sub_(lse[a:b, None]).exp_().mul_(dloss[a:b, None])
+            dz.sub_(top[a:b, None]).sub_(log[a:b, None]).exp_().mul_(dloss[a:b, None])
             dz.scatter_add_(1, y[a:b, None], -dloss[a:b, None])
             # z = x @ weight.T + bias
             dweight.addmm_(dz.t(), rows[a:b])
