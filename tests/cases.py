@@ -410,6 +410,12 @@ def outputs(layer: hg.Sum, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]
 
 
 layer("Sum", TWO(hg.Sum), "*N D", reference=lambda layer, x: torch.add(*outputs(layer, x)))
+layer(
+    "Sum of embeddings",
+    lambda V, D: hg.Sum(hg.Embedding(V, D), hg.Embedding(V, D)),
+    "*N < V",
+    reference=lambda layer, x: layer[0].weight[x] + layer[1].weight[x],
+)
 layer("Product", TWO(hg.Product), "*N D", reference=lambda layer, x: torch.mul(*outputs(layer, x)))
 layer(
     "Product of three",
@@ -468,15 +474,15 @@ loss(
     lambda D, V, bias, ignored, reduction, chunk: hg.LinearCrossEntropy(
         D, V, bias=bias, ignore_index=0 if ignored else -100, reduction=reduction, chunk_size=chunk
     ),
-    "N D",
-    "N < V",
+    "*N D",
+    "*N < V",
     options={"bias": BOTH, "ignored": BOTH, "reduction": REDUCTIONS, "chunk": [1, 2, 100]},
     reference=lambda layer, x, target: functional.cross_entropy(
-        functional.linear(x, layer.linear.weight, layer.linear.bias),
-        target,
+        functional.linear(x, layer.linear.weight, layer.linear.bias).reshape(-1, layer.linear.weight.shape[0]),
+        target.flatten(),
         ignore_index=layer.ignore_index,
         reduction=layer.reduction,
-    ),
+    ).view(target.shape if layer.reduction == "none" else ()),
 )
 loss(
     "MSE",
@@ -507,10 +513,10 @@ OPTIMIZERS["SGD"] = Case(
     (hg.SGD, torch.optim.SGD),
     {
         "options": {
-            "lr": [0.1, 1.0],
-            "momentum": [0.9, 0.0, 0.5],
+            "lr": [0.1, 1.0, torch.tensor(0.3, dtype=torch.float64)],
+            "momentum": [0.9, 0.0, 0.5, 1.0],
             "dampening": [0.0, 0.3],
-            "weight_decay": [0.0, 0.2],
+            "weight_decay": [0.0, 0.2, 1.0],
             "nesterov": BOTH,
             "maximize": BOTH,
         },
