@@ -191,7 +191,7 @@ def _targets(module: Any) -> Iterator[tuple[Any, str, Any]]:
     for cls in vars(module).values():
         if not inspect.isclass(cls) or cls.__module__ != module.__name__:
             continue
-        todo = [name for name in vars(cls) if name == "backward" or "update" in name or name == "step"]
+        todo = [name for name in vars(cls) if name.endswith("backward") or "update" in name or name == "step"]
         while todo:
             name = todo.pop()
             owner = next((c for c in (*cls.__mro__, module) if name in vars(c) and _home(c) == module.__name__), None)
