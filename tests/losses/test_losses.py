@@ -116,6 +116,19 @@ def test_linear_cross_entropy_agrees_with_torch(reduction, bias, chunk_size, ign
     compare(loss, head(3, 5, bias, reduction=reduction, ignore_index=ignore_index), batches)
 
 
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("ignore_index", [-100, -1, 1, 7])
+def test_cross_entropy_ignores_what_is_no_class(reduction, weighted, ignore_index):
+    """Beside rows that count, in several dimensions, and nothing but ignored rows."""
+    weight = torch.tensor([0.3, 1.0, 2.0]) if weighted else None
+    options = {"ignore_index": ignore_index, "label_smoothing": 0.2, "reduction": reduction}
+    targets = [torch.tensor([0, ignore_index, 2, 0]), torch.tensor([[2, ignore_index], [ignore_index, 0]])]
+    targets.append(torch.full((2,), ignore_index))
+    batches = [(draw(len(t), 3, *t.shape[1:]), t) for t in targets]
+    compare(CrossEntropy(weight, **options), nn.CrossEntropyLoss(weight, **options), batches)
+
+
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("smoothing", [0.0, 0.3])
 def test_cross_entropy_keeps_float64s_precision_beside_ignored_rows(weighted, smoothing):
