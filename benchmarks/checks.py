@@ -36,7 +36,7 @@ def main() -> int:
             "case": name,
             "seconds": round(time.perf_counter() - wall, 2),
             "cpu_seconds": round(time.process_time() - cpu, 2),
-            "examples": sum(p.examples for p in report.properties),
+            "examples": report if isinstance(report, int) else sum(p.examples for p in report.properties),
         }
         rows.append(row)
         print(f"{row['case']:<40}{row['seconds']:>8}{row['cpu_seconds']:>8}{row['examples']:>8}", flush=True)

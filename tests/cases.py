@@ -217,6 +217,18 @@ layer(
         .reshape(x.shape)
     ),
 )
+for cell, module, state in (
+    (hg.RNNCell, nn.RNN, "N H"),
+    (hg.GRUCell, nn.GRU, "N H"),
+    (hg.LSTMCell, nn.LSTM, ("N H",) * 2),
+):
+    layer(
+        f"{cell.__name__} over time",
+        lambda D, H, bias, cell=cell: hg.Unroll(cell(D, H, bias)),
+        ["N T D", state],
+        options={"bias": BOTH},
+        reference=lambda layer, x, state, module=module: _recurrent(module, layer.cell, x, state),
+    )
 CELL = {"sizes": {"*N": (0, 1)}, "options": {"bias": BOTH}}
 layer(
     "RNNCell",
@@ -241,10 +253,38 @@ layer(
 )
 layer("GRUCell from zeros", lambda D, H: hg.GRUCell(D, H), "*N D", module=lambda D, H: nn.GRUCell(D, H), **CELL)
 layer(
+    "RNNCell with relu",
+    lambda D, H: hg.RNNCell(D, H, nonlinearity="relu"),
+    ["*N D", "*N H"],
+    module=lambda D, H: nn.RNNCell(D, H, nonlinearity="relu"),
+    sizes=CELL["sizes"],
+)
+
+
+class OneByOne(hg.LSTMCell):
+    """A cell with a forward of its own, so that its scan is none of its business."""
+
+    def forward(self, x: torch.Tensor, state: Any = None) -> Any:
+        return super().forward(x, state)
+
+
+layer(
     "Unroll",
     lambda D, H: hg.Unroll(hg.RNNCell(D, H)),
     "N T D",
-    reference=lambda layer, x: _rnn(layer.cell, x),
+    reference=lambda layer, x: _recurrent(nn.RNN, layer.cell, x),
+)
+layer(
+    "Unroll step by step",
+    lambda D, H: hg.Unroll(OneByOne(D, H)),
+    "N T D",
+    reference=lambda layer, x: _recurrent(nn.LSTM, layer.cell, x),
+)
+layer(
+    "Unroll step by step with a state",
+    lambda D, H: hg.Unroll(OneByOne(D, H)),
+    ["N T D", ("N H", "N H")],
+    reference=lambda layer, x, state: _recurrent(nn.LSTM, layer.cell, x, state),
 )
 layer("Unroll with a state", lambda D, H: hg.Unroll(hg.LSTMCell(D, H)), ["N T D", ("N H", "N H")])
 layer(
@@ -370,6 +410,12 @@ def outputs(layer: hg.Sum, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]
 
 
 layer("Sum", TWO(hg.Sum), "*N D", reference=lambda layer, x: torch.add(*outputs(layer, x)))
+layer(
+    "Sum of embeddings",
+    lambda V, D: hg.Sum(hg.Embedding(V, D), hg.Embedding(V, D)),
+    "*N < V",
+    reference=lambda layer, x: layer[0].weight[x] + layer[1].weight[x],
+)
 layer("Product", TWO(hg.Product), "*N D", reference=lambda layer, x: torch.mul(*outputs(layer, x)))
 layer(
     "Product of three",
@@ -428,15 +474,15 @@ loss(
     lambda D, V, bias, ignored, reduction, chunk: hg.LinearCrossEntropy(
         D, V, bias=bias, ignore_index=0 if ignored else -100, reduction=reduction, chunk_size=chunk
     ),
-    "N D",
-    "N < V",
+    "*N D",
+    "*N < V",
     options={"bias": BOTH, "ignored": BOTH, "reduction": REDUCTIONS, "chunk": [1, 2, 100]},
     reference=lambda layer, x, target: functional.cross_entropy(
-        functional.linear(x, layer.linear.weight, layer.linear.bias),
-        target,
+        functional.linear(x, layer.linear.weight, layer.linear.bias).reshape(-1, layer.linear.weight.shape[0]),
+        target.flatten(),
         ignore_index=layer.ignore_index,
         reduction=layer.reduction,
-    ),
+    ).view(target.shape if layer.reduction == "none" else ()),
 )
 loss(
     "MSE",
@@ -467,10 +513,10 @@ OPTIMIZERS["SGD"] = Case(
     (hg.SGD, torch.optim.SGD),
     {
         "options": {
-            "lr": [0.1, 1.0],
-            "momentum": [0.9, 0.0, 0.5],
+            "lr": [0.1, 1.0, torch.tensor(0.3, dtype=torch.float64)],
+            "momentum": [0.9, 0.0, 0.5, 1.0],
             "dampening": [0.0, 0.3],
-            "weight_decay": [0.0, 0.2],
+            "weight_decay": [0.0, 0.2, 1.0],
             "nesterov": BOTH,
             "maximize": BOTH,
         },
@@ -487,8 +533,11 @@ def _reach(conv: hg.Conv1d) -> int:
     return conv.dilation[0] * (conv.kernel_size[0] - 1)
 
 
-def _rnn(cell: hg.RNNCell, x: torch.Tensor) -> torch.Tensor:
-    rnn = nn.RNN(cell.input_size, cell.hidden_size, batch_first=True).to(x.dtype)
+def _recurrent(module: type[nn.RNNBase], cell: Any, x: torch.Tensor, state: Any = None) -> Any:
+    rnn = module(cell.input_size, cell.hidden_size, bias=cell.bias_ih is not None, batch_first=True).to(x.dtype)
     weights = {f"{name}_l0": p for name, p in cell.named_parameters()}
-    out: torch.Tensor = torch.func.functional_call(rnn, weights, (x,))[0]
-    return out
+    if state is None:
+        return torch.func.functional_call(rnn, weights, (x,))[0]
+    first = tuple([s[None] for s in state]) if isinstance(state, tuple) else state[None]
+    out, last = torch.func.functional_call(rnn, weights, (x, first))
+    return out, tuple([s[0] for s in last]) if isinstance(last, tuple) else last[0]

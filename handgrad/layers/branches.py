@@ -287,13 +287,16 @@ def _call_back(body: Layer, step: str, dout: Any, need_dx: bool) -> Any:
 
 
 def _total(terms: list[Any]) -> Any:
-    """The sum of tensors, of tuples of them element by element, or of Nones; a new tensor unless there is one term."""
+    """The sum of tensors, of tuples of them element by element, or of Nones; a new tensor unless there is one term.
+
+    All are None, or none: whether an input has a gradient is a matter of its dtype.
+    """
     total = terms[0]
     for term in terms[1:]:
         if isinstance(total, tuple):
             total = tuple([_total(list(pair)) for pair in zip(total, term)])
         else:
-            total = term if total is None else total if term is None else total + term
+            total = None if term is None else total + term
     return total
 
 

@@ -145,6 +145,13 @@ def check_plan(plan: Plan, skip: Mapping[str, str], examples: int | None, reprod
     return report
 
 
+def examples_of(plan: Plan, name: str) -> list[Sample]:
+    """Some examples in which the property holds."""
+    runner = _Runner(plan, name, None, None, False)
+    runner.run()
+    return runner.kept
+
+
 class _Runner:
     """One property, run by hypothesis."""
 

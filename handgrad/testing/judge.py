@@ -50,11 +50,13 @@ def note(elements: int, ratio: float = 0.0) -> None:
 
 
 Limit = Callable[[str, Tensor, Tensor], Tensor]
+Floor = Callable[[str], float]  # of a tensor's name
 
 
-def within(share: float, floor: float = 0.0) -> Limit:
-    """The limit ``share S + 1e-12`` with S the largest element of each tensor wanted, or `floor` where that is more."""
-    return lambda name, got, want: torch.full_like(want, share * max(largest(want), floor) + FLOOR)
+def within(share: float, floor: Floor | float = 0.0) -> Limit:
+    """The limit ``share S + 1e-12``, S being the largest element of each tensor wanted, or its `floor` if larger."""
+    least: Floor = floor if callable(floor) else lambda name: floor
+    return lambda name, got, want: torch.full_like(want, share * max(largest(want), least(name)) + FLOOR)
 
 
 def judge(

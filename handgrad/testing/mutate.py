@@ -1,11 +1,18 @@
 """Mutate the source of backward and see whether the checks notice: ``python -m handgrad.testing.mutate MODULE``.
 
-Every mutant is one small mistake in a backward, in what a backward calls, or in a buffer update: a term dropped, a sign
-flipped, a sum for a mean, a transpose forgotten, a gradient assigned for added, a condition turned round. It is put
-into the class itself, the cases that cover the class are run, and the class is restored.
+Every mutant is one small mistake in a backward, in what a backward calls, in a buffer update or an optimizer's step: a
+term dropped, a sign flipped, a sum for a mean, a transpose forgotten, a gradient assigned for added, a condition turned
+round. It is put into the class itself, the cases that cover the class are run, and the class is restored.
 
-The cases come from a file that defines `CASES`, a dict of objects with `covers` (a class) and `run()`. A file of
-reasons says which survivors compute the same as the original: ``{"Linear.backward: a + b -> b + a": "sums commute"}``.
+Left out on purpose, for they cannot change a result: dropping `out=`, the other order of the operands of a sum or a
+product, an operation out of place for one in place whose result is used (the converse, which may write to what belongs
+to others, is tried), and anything in docstrings, annotations and signatures. Left out, too, though they can: mistakes
+in forward beyond the buffers (a reference finds those), in the texts of errors and the checks that raise them (tests
+pin those), and two mistakes at once.
+
+The cases come from a file that defines `CASES`, a dict of objects with `covers` (a class) and `run()`, and perhaps
+`OPTIMIZERS`, the same for optimizers. A file of reasons says which survivors compute the same as the original:
+``{"Linear.backward: a + b -> b + a": "sums commute"}``.
 """
 
 from __future__ import annotations
@@ -27,6 +34,7 @@ from pathlib import Path
 from typing import Any
 
 import hypothesis
+import torch
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from handgrad.testing.errors import CheckError, CheckFailure
@@ -60,6 +68,11 @@ METHODS = {
     "addcmul": "addcmul_",
     "index_add_": "index_copy_",
     "scatter_add_": "scatter_",
+    "_foreach_add": "_foreach_sub",
+    "_foreach_mul": "_foreach_div",
+    "_foreach_add_": "_foreach_sub_",
+    "_foreach_sub_": "_foreach_add_",
+    "_foreach_mul_": "_foreach_div_",
 }
 DROPPED = (
     *("t", "transpose", "contiguous", "reshape", "view", "squeeze", "unsqueeze", "flatten"),
@@ -133,8 +146,9 @@ def _killer(mutant: Mutant, cases: list[Any]) -> str:
     """The property (or the error) that notices the mutant; empty for none."""
     with patched(mutant.owner, mutant.name, mutant.function), quick():
         for case in cases:
+            skip = {"sensitivity": "a mutant", **case.keywords.get("skip", {})}
             try:
-                case.run(skip={"sensitivity": "a mutant", **case.keywords.get("skip", {})})
+                case.run(**({} if issubclass(case.covers, torch.optim.Optimizer) else {"skip": skip}))
             except CheckFailure as failure:
                 return str(failure.details.get("property", type(failure).__name__))
             except CheckError as error:
@@ -177,7 +191,7 @@ def _targets(module: Any) -> Iterator[tuple[Any, str, Any]]:
     for cls in vars(module).values():
         if not inspect.isclass(cls) or cls.__module__ != module.__name__:
             continue
-        todo = [name for name in vars(cls) if name == "backward" or "update" in name or name == "step"]
+        todo = [name for name in vars(cls) if name.endswith("backward") or "update" in name or name == "step"]
         while todo:
             name = todo.pop()
             owner = next((c for c in (*cls.__mro__, module) if name in vars(c) and _home(c) == module.__name__), None)
@@ -316,15 +330,14 @@ def _text(node: ast.AST) -> str:
 
 
 def load_cases(path: str) -> dict[str, Any]:
-    """`CASES` of a Python file."""
+    """`CASES`, and `OPTIMIZERS` if there are any, of a Python file."""
     spec = importlib.util.spec_from_file_location("handgrad_cases", path)
     if spec is None or spec.loader is None:
         raise FileNotFoundError(path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
-    cases: dict[str, Any] = module.CASES
-    return cases
+    return {**module.CASES, **getattr(module, "OPTIMIZERS", {})}
 
 
 def main(arguments: list[str] | None = None) -> int:

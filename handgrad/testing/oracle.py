@@ -32,7 +32,7 @@ class Truth:
     source: str
     uncertainty: dict[str, Tensor] = field(default_factory=dict)  # of finite differences, by gradient
 
-    def limit(self, share: float, floor: float) -> judge.Limit:
+    def limit(self, share: float, floor: judge.Floor) -> judge.Limit:
         """`judge.within`, widened to what the oracle itself can tell."""
         exact = judge.within(share if self.source != "finite differences" else judge.AGAINST_DIFFERENCES, floor)
         return lambda name, got, want: exact(name, got, want) + self.uncertainty.get(name, 0)

@@ -37,14 +37,17 @@ class Sample:
     seed: int = 0
     policed: bool = True
     made_by: str = ""  # how the layer was made, for the failure text
-    scale: float = 0.0  # a known scale of the gradients, where the example's own are no measure
+    scales: Mapping[str, float] = field(default_factory=dict)  # of gradients, where the example's own are no measure
+
+    def floor(self, name: str) -> float:
+        """The least scale that a gradient is judged by: that of the rounding where it cancels out."""
+        return max(self.scales.get(name, 0.0), self._rounded)
 
     @cached_property
-    def floor(self) -> float:
-        """The scale of noise where a gradient cancels out: 1e-3 of the largest dout, times the largest parameter."""
+    def _rounded(self) -> float:
+        """1e-3 of the largest dout, times the largest parameter, with which dout is multiplied on its way."""
         dout = max((judge.largest(d) for d in self.douts + self.other_douts), default=0.0)
-        largest = max([1.0, *map(judge.largest, subject.parameters(self.layer).values())])
-        return max(self.scale, 1e-3 * dout * largest)
+        return 1e-3 * dout * max([1.0, *map(judge.largest, subject.parameters(self.layer).values())])
 
     @cached_property
     def truth(self) -> Truth:
@@ -57,13 +60,15 @@ class Sample:
         return calls.run(self.layer, self.inputs, self.douts, self.seed)
 
     def scaled_by_neighbours(self) -> Sample:
-        """The same example, with the scale that gradients have nearby.
+        """The same example, with the scales that each gradient has nearby.
 
         Where everything cancels (equal rows under a batch norm), the example's own gradients are all noise, and say
-        nothing about how large that noise may be.
+        nothing about how large that noise may be. One step of 1 % away they do not cancel. An ordinary gradient has
+        the same scale there as here, so its limit stays what it was. One that is noise there, too (of a bias before a
+        batch norm, which is 0 by nature), is given the scale of the largest.
         """
         generator = torch.Generator().manual_seed(self.seed)
-        scale = 0.0
+        scales: dict[str, float] = {}
         for _ in range(3):
             twin = self.copy()
             for param in subject.parameters(twin).values():
@@ -73,8 +78,9 @@ class Sample:
                 grads = self.oracle.truth(twin, inputs, douts, self.seed).result.grads
             except (CheckFailure, CheckError):
                 continue
-            scale = max([scale, *(judge.largest(g) for g in grads.values() if g is not None)])
-        return replace(self, scale=scale)
+            scales |= {n: max(scales.get(n, 0.0), judge.largest(g)) for n, g in grads.items() if g is not None}
+        largest = max(scales.values(), default=0.0)
+        return replace(self, scales={n: scale if scale > 1e-9 * largest else largest for n, scale in scales.items()})
 
     def copy(self) -> Any:
         """A copy of the layer, free to be used."""
@@ -143,7 +149,11 @@ def _nudge(t: Any, generator: torch.Generator) -> Any:
 
 
 def _may_be_noise(failure: GradientMismatch) -> bool:
-    """Whether the difference is small enough to be the rounding of something large that cancelled."""
+    """Whether the difference is small enough to be the rounding of something large that cancelled.
+
+    Rounding that a thousandfold scale explains (the 1e-3 of `Sample.floor` turned round), with as much again to spare;
+    a larger difference is none, and stays a failure without a second look.
+    """
     got, want, allowed = (failure.details.get(key) for key in ("got", "want", "allowed"))
     if not isinstance(got, Tensor) or not isinstance(want, Tensor) or not isinstance(allowed, Tensor):
         return False

@@ -16,10 +16,11 @@ from handgrad import (
     RNNCell,
     Sequential,
     ShapeError,
+    StateError,
     Unroll,
     parameter,
 )
-from tests.reference import compare, draw
+from tests.reference import compare, draw, flat
 
 CELLS = [
     (RNNCell, nn.RNNCell, {}),
@@ -164,6 +165,82 @@ def test_a_cell_of_ones_own():
             return torch.stack(outs, 1)
 
     compare(Unroll(Leaky()), Reference(), [(draw(2, 5, 3),), (draw(4, 2, 3),)])
+
+
+def draw_state(kind, *shape):
+    return (draw(*shape), draw(*shape)) if kind is LSTMCell else draw(*shape)
+
+
+@pytest.mark.parametrize("kind", SEQUENCES)
+@pytest.mark.parametrize("overridden", ["forward", "backward"])
+@pytest.mark.parametrize("steps", [None, 2])
+def test_a_subclass_with_a_step_of_its_own_is_asked_for_each_step(kind, overridden, steps):
+    calls = []
+
+    class Counted(kind):
+        pass
+
+    def counted(self, *args, **keywords):
+        calls.append(overridden)
+        return getattr(kind, overridden)(self, *args, **keywords)
+
+    setattr(Counted, overridden, counted)
+    state = draw_state(kind, 2, 4)
+    whole, single = Unroll(kind(3, 4), steps=steps).to(torch.float64), Unroll(Counted(3, 4), steps=steps)
+    single.to(torch.float64).load_state_dict(whole.state_dict())
+    x, results = draw(2, 5, 3), []
+    for layer in (whole, single):
+        out, last = layer(x, state)
+        dx, dstate = layer.backward((torch.cos(out), tuple(map(torch.sin, last)) if kind is LSTMCell else last.sin()))
+        results.append([*flat(out), *flat(last), *flat(dx), *flat(dstate), *[p.grad for p in layer.parameters()]])
+    torch.testing.assert_close(results[0], results[1])
+    assert len(calls) == 5
+
+
+@pytest.mark.parametrize("kind", SEQUENCES)
+def test_time_may_be_the_last_dimension(kind):
+    layer = Unroll(kind(3, 4))
+    x, dout = torch.randn(2, 5, 3), torch.randn(2, 5, 4)
+    out = layer(x)
+    dx = layer.backward(dout)
+    for dim in (-1, 2):
+        layer.dim = dim
+        assert torch.equal(layer(x.transpose(1, 2)), out.transpose(1, 2))
+        assert torch.equal(layer.backward(dout.transpose(1, 2)), dx.transpose(1, 2))
+
+
+@pytest.mark.parametrize("kind", SEQUENCES)
+@pytest.mark.parametrize("changed", ["x", "out", "weight_ih", "weight_hh"])
+def test_what_a_sequence_recorded_must_not_change(kind, changed):
+    layer, x = Unroll(kind(3, 4)), torch.randn(2, 5, 3)
+    out = layer(x)
+    {"x": x, "out": out, **dict(layer.cell.named_parameters())}[changed].add_(1)
+    with pytest.raises(StateError, match=rf"^in cell \({kind.__name__}.*was changed in place after the forward"):
+        layer.backward(torch.randn(2, 5, 4))
+
+
+@pytest.mark.parametrize("kind", SEQUENCES)
+def test_the_states_given_and_returned_may_change(kind):
+    layer = Unroll(kind(3, 4)).to(torch.float64)
+    x, state = draw(2, 5, 3), draw_state(kind, 2, 4)
+    results = []
+    for change in (0, 1):
+        out, last = layer(x, state)
+        dout = (torch.cos(out), tuple(map(torch.sin, last)) if kind is LSTMCell else last.sin())
+        for t in flat((state, last)):
+            t.add_(change)
+        results.append(flat(layer.backward(dout)))
+    torch.testing.assert_close(results[0], results[1])
+
+
+@pytest.mark.parametrize("kind", SEQUENCES)
+def test_a_sequence_is_one_record(kind):
+    layer = Unroll(kind(3, 4))
+    with torch.no_grad():
+        layer(torch.randn(2, 5, 3))
+    assert layer.pending == 0
+    layer(torch.randn(2, 5, 3))
+    assert (layer.pending, layer.cell.pending) == (2, 1)
 
 
 def test_no_dx():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import nn
@@ -10,6 +12,7 @@ from handgrad import (
     MSE,
     ArgumentError,
     BCEWithLogits,
+    CrossEntropy,
     DtypeError,
     Embedding,
     IndexRangeError,
@@ -111,6 +114,28 @@ def test_linear_cross_entropy_agrees_with_torch(reduction, bias, chunk_size, ign
         target[..., -1] = ignore_index
     batches += [(draw(2, 3), torch.full((2,), ignore_index))]  # nothing but ignored rows
     compare(loss, head(3, 5, bias, reduction=reduction, ignore_index=ignore_index), batches)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("smoothing", [0.0, 0.3])
+def test_cross_entropy_keeps_float64s_precision_beside_ignored_rows(weighted, smoothing):
+    """Neither the count of rows nor the weights of classes pass through float32, where 1/5 and 1/3 are 1e-8 off."""
+    logits, target = draw(7, 3), torch.tensor([0, 2, 1, 0, 2, 1, 2])
+    w = [1 / 3, 0.7, 0.1] if weighted else [1.0, 1.0, 1.0]
+    rows = [(n, y) for n, y in enumerate(target.tolist()) if y != 1]
+    total = math.fsum(w[y] for _, y in rows)
+    value, dx = [], [[0.0] * 3 for _ in range(7)]
+    for n, y in rows:
+        e = [math.exp(z - max(logits[n].tolist())) for z in logits[n].tolist()]
+        p = [each / math.fsum(e) for each in e]
+        q = [(1 - smoothing) * w[y] * (c == y) + smoothing / 3 * w[c] for c in range(3)]
+        value += [-q[c] * math.log(p[c]) / total for c in range(3)]
+        dx[n] = [(p[c] * math.fsum(q) - q[c]) / total for c in range(3)]
+    weight = torch.tensor(w, dtype=torch.float64) if weighted else None
+    loss = CrossEntropy(weight, ignore_index=1, label_smoothing=smoothing)
+    out = loss(logits, target)
+    torch.testing.assert_close(out, torch.tensor(math.fsum(value), dtype=torch.float64), rtol=1e-14, atol=1e-15)
+    torch.testing.assert_close(loss.backward(), torch.tensor(dx, dtype=torch.float64), rtol=1e-14, atol=1e-15)
 
 
 def test_linear_cross_entropy_has_torchs_keys_and_weights():

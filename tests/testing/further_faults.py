@@ -238,41 +238,86 @@ faults(
 )
 faults(
     hg.RNNCell,
-    ("1 - out", "(1 - out * out)", "(1 - out)"),
-    ("dh through weight_ih's time", "(dx, da @ weight_hh)", "(dx, dout @ weight_hh)"),
-    ("dh not through weight_hh", "(dx, da @ weight_hh)", "(dx, da)"),
-    ("weight_hh transposed", "da @ weight_hh", "da @ weight_hh.t()"),
-    ("the gradients of the old and the new state exchanged", "self._add_grads(weight_hh, self.bias_hh, h, da)",
-     "self._add_grads(weight_hh, self.bias_hh, out, da)"),
-    ("dx through dout, not da", "dx = da @ weight_ih", "dx = dout @ weight_ih"),
+    ("1 - out", "1 - out * out", "1 - out"),
+    ("relu's slope turned round", "out <= 0", "out > 0"),
+    method="slopes",
+)
+faults(
+    hg.RNNCell,
+    ("dh through dout, not db", "db @ record[2]", "dafter[0] @ record[2]"),
+    ("dh not through weight_hh", "db @ record[2]", "db"),
+    ("weight_hh transposed", "db @ record[2]", "db @ record[2].t()"),
+)
+faults(
+    hg.RNNCell,
+    ("the gradients by the input and by the state exchanged", "self.bias_hh, h, db", "self.bias_hh, x, db"),
+    ("dx through the other weight", "da @ weight_ih", "da @ weight_hh"),
+    ("the gradient of bias_hh given to bias_ih", "self._add_grads(weight_hh, self.bias_hh,",
+     "self._add_grads(weight_hh, self.bias_ih,"),
+    method="_affine_backward",
 )  # fmt: skip
 faults(
+    hg.RNNCell,
+    ("the sum over the steps a mean", "dout.sum(0)", "dout.mean(0)"),
+    ("the last row only", "dout.t() @ x.reshape(-1, x.shape[-1])", "dout[-1:].t() @ x.reshape(-1, x.shape[-1])[-1:]"),
+    method="_add_grads",
+)
+faults(
+    hg.RNNCell,
+    ("the state's gradient not handed on", "dbefore[0] + dout_t", "dout_t"),
+    ("only the last state's gradient", "dbefore[0] + dout_t", "dbefore[0]"),
+    ("the steps' gradients in reversed order", "torch.stack(tensors[::-1])", "torch.stack(tensors)"),
+    ("the first state's gradient before weight_hh", "_bare(dbefore)", "_bare(dafter)"),
+    method="scan_backward",
+)
+faults(
     hg.GRUCell,
-    ("z for 1 - z", "dn = dout * (1 - z)", "dn = dout * z"),
-    ("the direct way to h forgotten", "torch.addcmul(db @ weight_hh, dout, z)", "db @ weight_hh"),
-    ("r forgotten before weight_hh", "dxn * r], -1)", "dxn], -1)"),
-    ("n's sign in dz", "dout * (h - n)", "dout * (h + n)"),
-    ("hn forgotten in dr", "dr = dxn * hn", "dr = dxn * h"),
-    ("gates in the wrong order", "torch.cat([dxr, dxz, dxn], -1)", "torch.cat([dxz, dxr, dxn], -1)"),
+    ("z for 1 - z", ".mul_(1 - z)", ".mul_(z)"),
+    ("n's sign in dz", "(h - n)", "(h + n)"),
+    ("r forgotten before weight_hh", "shn = sn * r", "shn = sn * 1"),
+    ("hn forgotten in dr", ".mul_(shn).mul_(hn)", ".mul_(shn)"),
+    ("gates in the wrong order", "torch.stack([sr, sz, shn]", "torch.stack([sz, sr, shn]"),
+    ("h of the step after", "(h - n)", "(torch.lerp(n, h, z) - n)"),
+    method="slopes",
+)
+faults(
+    hg.GRUCell,
+    ("the direct way to h forgotten", "torch.addcmul(dh, dout, z)", "dh"),
+    ("the direct way through 1 - z", "torch.addcmul(dh, dout, z)", "torch.addcmul(dh, dout, 1 - z)"),
+    method="dbefore",
+)
+faults(hg.GRUCell, ("hn's gradient for xn's", "db[..., 2 * self.hidden_size :] = dout * sn", "pass"), method="da")
+faults(
+    hg.LSTMCell,
+    ("tanh' forgotten", "(1 - u * u).mul_(o)", "o.clone()"),
+    ("o forgotten", "(1 - u * u).mul_(o)", "(1 - u * u)"),
+    ("i and f exchanged", "torch.stack([si, sf, sg]", "torch.stack([sf, si, sg]"),
+    ("g' as of a sigmoid", "(1 - g * g).mul_(i)", "(1 - g).mul_(g).mul_(i)"),
+    method="slopes",
 )
 faults(
     hg.LSTMCell,
-    ("the cell's own gradient forgotten", ".add_(dc_out)", ""),
-    ("tanh' forgotten", "(1 - u * u).mul_(o)", "o.clone()"),
-    ("o forgotten", "(1 - u * u).mul_(o)", "(1 - u * u)"),
-    ("f forgotten in dc", "dc.mul_(f)", "dc"),
-    ("i and f exchanged", "torch.cat([dai, daf,", "torch.cat([daf, dai,"),
-    ("g' as of a sigmoid", "dg.mul_(1 - g * g)", "dg.mul_(g).mul_(1 - g)"),
+    ("the cell's own gradient forgotten", "torch.addcmul(dc_out, dh_out, su)", "dh_out * su"),
+    ("c's gradient through h forgotten", "torch.addcmul(dc_out, dh_out, su)", "dc_out"),
+    ("o's gradient by c", "dh_out * so", "dc * so"),
+    method="db",
+)
+faults(
+    hg.LSTMCell,
+    ("f forgotten in dc", ".mul_(f)", ""),
+    ("dc by what went out alone", "torch.addcmul(dc_out, dh_out, su)", "dc_out.clone()"),
+    method="dbefore",
 )
 faults(
     hg.Unroll,
-    ("the state's gradient not handed on", "dstate = _plus(dstate, ", "dstate = _plus(None, "),
-    ("the last step's dout everywhere", "dout.select(self.dim, t)", "dout.select(self.dim, T - 1)"),
-    ("dx in reversed order", "torch.stack(dxs, self.dim)", "torch.stack(dxs[::-1], self.dim)"),
-    ("dx stacked along another dimension", "torch.stack(dxs, self.dim)", "torch.stack(dxs, 0)"),
-    ("never cut", "if self._cut_before(t):", "if False:"),
-    ("the state's gradient doubled", "dstate = _plus(dstate, dout.select(self.dim, t), rest)",
-     "dstate = _plus(_plus(dstate, dout.select(self.dim, t), rest), dout.select(self.dim, t), rest)"),
+    ("the last piece's dout everywhere", "dout[start : start + steps]", "dout[-steps:][: T - start]"),
+    ("the pieces' dx in reversed order", "dxs[::-1]", "dxs"),
+    ("dx stacked along another dimension", "_joined(dxs[::-1]).movedim(0, self.dim)", "_joined(dxs[::-1])"),
+    ("never cut", "dstate if start == 0 else None", "dstate"),
+    ("the gradient of the last state forgotten", "_zeros(dout[0], rest) if dstate is None else dstate",
+     "_zeros(dout[0], rest)"),
+    ("the gradient of the last state written to", "_zeros(dout[0], rest) if dstate is None else dstate",
+     "_zeros(dout[0], rest) if dstate is None else tuple([d.mul_(1) for d in dstate])", "ownership"),
 )  # fmt: skip
 
 # ---------------------------------------------------------------- convolution and pooling
