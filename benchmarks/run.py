@@ -104,7 +104,7 @@ def memory(data: dict[str, Any]) -> tuple[str, Sequence[Sequence[str]], list[str
     title = f"Peak memory of a step: {data['depth']} x (Linear, BatchNorm1d, Tanh), width {data['width']}"
     notes = [
         f"Batch {data['batch']}, each in a fresh process, above what model, optimizer and data take. Freed memory is",
-        "kept where TrainStep has its default, keep_memory=True; for autograd the same settings come from the environment.",
+        "kept where TrainStep has its default, keep_memory=True; autograd gets the same settings by the environment.",
     ]
     return title, rows, notes
 
