@@ -298,7 +298,7 @@ layer(
     lambda D, H: hg.Unroll(hg.LSTMCell(D, H), 0),
     "T N D",
 )
-CONVOLUTION = {"stride": [1, 2], "padding": [0, 1, 2], "dilation": [1, 2], "bias": BOTH}
+CONVOLUTION = {"stride": [1, 2, 3], "padding": [0, 1, 2], "dilation": [1, 2], "bias": BOTH}
 layer(
     "Conv1d",
     lambda C, K, stride, padding, dilation, bias: hg.Conv1d(C, 3, K, stride, padding, dilation, 1, bias),

@@ -123,7 +123,7 @@ class AvgPool2d(Layer):
         (H, W), (T, U) = shape[-2:], dout.shape[-2:]
         share = dout / self._size(shape, dout)
         # out[t, u] = sum x[s t + k - p] / size[t, u]: position k of every window at once, in padded coordinates
-        dx = dout.new_zeros(*shape[:-2], max(H + 2 * ph, sh * (T - 1) + kh), max(W + 2 * pw, sw * (U - 1) + kw))
+        dx = dout.new_zeros(*shape[:-2], max(ph + H, sh * (T - 1) + kh), max(pw + W, sw * (U - 1) + kw))
         for i in range(kh):
             for j in range(kw):
                 dx[..., i : i + sh * (T - 1) + 1 : sh, j : j + sw * (U - 1) + 1 : sw] += share

@@ -55,7 +55,7 @@ def forward(layer: Any, inputs: tuple[Any, ...]) -> tuple[Tensor, ...]:
     try:
         outs = layer.forward(*inputs)
     except Exception as error:
-        raise LayerCrash(f"forward raised {type(error).__name__}: {error}", inputs=inputs) from error
+        raise LayerCrash(f"forward raised {type(error).__name__}: {error}", inputs=inputs, method="forward") from error
     for i, out in enumerate(subject.as_tuple(outs)):
         if not isinstance(out, Tensor):
             which = "" if len(subject.as_tuple(outs)) == 1 else f" number {i}"
@@ -68,7 +68,9 @@ def backward(layer: Any, inputs: tuple[Any, ...], douts: tuple[Tensor, ...], **k
     try:
         dx = layer.backward(douts if len(douts) > 1 else douts[0], **keywords)
     except Exception as error:
-        raise LayerCrash(f"backward raised {type(error).__name__}: {error}", inputs=inputs) from error
+        raise LayerCrash(
+            f"backward raised {type(error).__name__}: {error}", inputs=inputs, method="backward"
+        ) from error
     return {} if keywords else structure(layer, inputs, dx)
 
 

@@ -218,6 +218,20 @@ def test_a_crash_is_reported_with_the_input():
         check_layer(Picky, x="*N")
 
 
+def test_a_refusal_comes_from_forward():
+    """What forward has taken, backward must manage: without rows, too."""
+
+    class Refuses(Linear):
+        def backward(self, dout, need_dx=True):
+            if dout.numel() == 0:
+                raise handgrad.ShapeError(f"{self!r}.backward: no rows, got {tuple(dout.shape)}")
+            return super().backward(dout, need_dx)
+
+    with pytest.raises(LayerCrash, match="backward raised ShapeError") as caught:
+        check_layer(lambda D, K: Refuses(D, K), x="N D")
+    assert caught.value.details["property"] == "edges"
+
+
 def test_a_record_must_be_taken():
     """Each backward takes its own off the stack."""
 

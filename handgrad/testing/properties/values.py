@@ -88,7 +88,9 @@ def assert_edges(s: Sample) -> None:
 def is_refusal(layer: Any, inputs: tuple[Any, ...], crash: LayerCrash) -> bool:
     """Whether forward refused a size of 0 or 1 as it should: a ValueError that names the layer and the shape."""
     cause, tensors = crash.__cause__, [x for x in inputs if isinstance(x, Tensor)]
-    if not isinstance(cause, (HandgradError, ValueError)) or min((d for x in tensors for d in x.shape), default=2) > 1:
+    if crash.details["method"] != "forward" or not isinstance(cause, (HandgradError, ValueError)):
+        return False
+    if min((d for x in tensors for d in x.shape), default=2) > 1:
         return False
     layer = subject.unwrap(layer)
     layers = [inner for _, inner in layer.named_layers()] if hasattr(layer, "named_layers") else [layer]
