@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any, TypeGuard
 
@@ -27,6 +30,10 @@ class TrainStep:
     ``step.many(xs, targets)`` does the steps of several minibatches, ``step.compile()`` gives the same two calls with
     the whole step in one compiled graph. Any torch.optim optimizer will do; the SGD of handgrad costs least.
 
+    A step frees what the next one needs again. So that large tensors need no fresh pages, which cost more than the
+    arithmetic, making a TrainStep tells the C library to keep freed memory in the process, for good, as torch does on a
+    GPU; `keep_memory=False` leaves the C library as it is. Nothing is shared that way: each result is a new tensor.
+
     Raises StateError where an earlier forward of the model still waits for its backward.
 
     >>> from handgrad import SGD, CrossEntropy, Linear
@@ -40,12 +47,14 @@ class TrainStep:
     torch.Size([2])
     """
 
-    def __init__(self, model: Layer, loss: Loss, optimizer: torch.optim.Optimizer) -> None:
+    def __init__(self, model: Layer, loss: Loss, optimizer: torch.optim.Optimizer, *, keep_memory: bool = True) -> None:
         if loss.reduction == "none":
             raise ArgumentError('TrainStep: the loss must be one number, got a loss with reduction="none"')
         self.model, self.loss, self.optimizer = model, loss, optimizer
         both = (*model.parameters(), *loss.parameters())  # a loss may have some, or share the model's
         self.params = list({id(p): p for p in both}.values())
+        if keep_memory:
+            _keep_freed_memory()
 
     def __call__(self, x: Any, target: Any) -> Tensor:
         """Do one step; returns the loss, as it was before the update."""
@@ -91,11 +100,10 @@ class TrainStep:
         out: Tensor = self.loss.forward(self.model.forward(x), target)
         for param in self.params:
             param.grad = None
-        dout = self.loss.backward()
         if self.model.takes_need_dx:
-            self.model.backward(dout, need_dx=False)
+            self.model.backward(self.loss.backward(), need_dx=False)  # in a variable, dout would outlive its use
         else:
-            self.model.backward(dout)
+            self.model.backward(self.loss.backward())
         return out
 
     def _refuse_leftovers(self) -> None:
@@ -111,13 +119,13 @@ class CompiledTrainStep(TrainStep):
     def __init__(self, step: TrainStep, chunk: int) -> None:
         if chunk < 1:
             raise ArgumentError(f"TrainStep.compile: chunk must be at least 1, got {chunk}")
-        super().__init__(step.model, step.loss, step.optimizer)
+        super().__init__(step.model, step.loss, step.optimizer, keep_memory=False)  # as `step` has decided
         self.chunk = chunk
         self._lrs: list[Tensor] = []
         if any(p.device.type == "cpu" for p in self.params):
             _require_compiler()
-        # without Python between the kernels
-        options: dict[str, Any] = {"cpp_wrapper": True}
+        # without Python between the kernels, and all intermediates in one piece of memory
+        options: dict[str, Any] = {"cpp_wrapper": True, "memory_planning": True, "memory_pool": "intermediates"}
         self._one = torch.compile(self._graph, fullgraph=True, dynamic=False, options=options)
         self._many = torch.compile(self._graph_many, fullgraph=True, dynamic=False, options=options)
 
@@ -194,6 +202,16 @@ def _bare(optimizer: torch.optim.Optimizer) -> TypeGuard[SGD]:
         or torch_optimizer._global_optimizer_pre_hooks
         or torch_optimizer._global_optimizer_post_hooks
     )
+
+
+def _keep_freed_memory() -> None:
+    """Have malloc serve large tensors from memory that it keeps; without effect where the C library is not glibc."""
+    trim_threshold, mmap_threshold = -1, -3  # their numbers in malloc.h
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError, AttributeError):
+            malloc_option = ctypes.CDLL(None).mallopt
+            malloc_option(mmap_threshold, 1 << 30)
+            malloc_option(trim_threshold, -1)  # never
 
 
 def _length(xs: Tensor | Sequence[Any], targets: Tensor | Sequence[Any]) -> int:

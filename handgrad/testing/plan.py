@@ -6,6 +6,7 @@ import inspect
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -59,19 +60,19 @@ class Plan:
     distinct: bool = False
     form: Any = None  # the nesting of the inputs, where some are in tuples
 
-    @property
+    @cached_property
     def arguments(self) -> tuple[str, ...]:
         """The names that the constructor is called with."""
         return _arguments(self.make, self)
 
-    @property
+    @cached_property
     def names(self) -> tuple[str, ...]:
         """Every size that has to be drawn, stars included, in order of appearance."""
         named = [d for i in self.inputs for d in (*i.dims, i.below) if d and not d.isdigit()]
         made = [n for n in (*self.arguments, *self._module_arguments) if n not in self.options]
         return tuple(dict.fromkeys([*named, *made]))
 
-    @property
+    @cached_property
     def _module_arguments(self) -> tuple[str, ...]:
         return () if self.module is None else _arguments(self.module, self)
 

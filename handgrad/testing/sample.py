@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -12,8 +13,11 @@ import torch
 from torch import Tensor
 
 from handgrad.testing import calls, judge, subject
-from handgrad.testing.errors import CheckError, CheckFailure, GradientMismatch
+from handgrad.testing.errors import GradientMismatch
 from handgrad.testing.oracle import Oracle, Truth
+
+FINER = torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps  # 2^-29
+SPARE = 16  # how often the noise that is expected a right backward may have, as in the rule for float32
 
 
 class NotApplicable(Exception):  # noqa: N818  # a finding about the layer, not an error
@@ -59,28 +63,47 @@ class Sample:
         """What the layer says, in one ordinary forward and backward."""
         return calls.run(self.layer, self.inputs, self.douts, self.seed)
 
-    def scaled_by_neighbours(self) -> Sample:
-        """The same example, with the scales that each gradient has nearby.
+    def in_float32(self, neighbours: int = 0) -> Iterator[tuple[Any, tuple[Any, ...], tuple[Tensor, ...]]]:
+        """Layer, inputs and douts in float32; then neighbours, which have every number changed by about 0.1 %.
 
-        Where everything cancels (equal rows under a batch norm), the example's own gradients are all noise, and say
-        nothing about how large that noise may be. One step of 1 % away they do not cancel. An ordinary gradient has
-        the same scale there as here, so its limit stays what it was. One that is noise there, too (of a bias before a
-        batch norm, which is 0 by nature), is given the scale of the largest.
+        That changes all rounding and no scale.
         """
         generator = torch.Generator().manual_seed(self.seed)
-        scales: dict[str, float] = {}
-        for _ in range(3):
-            twin = self.copy()
-            for param in subject.parameters(twin).values():
-                param.data = _nudge(param, generator)
-            inputs, douts = (tuple(_nudge(t, generator) for t in each) for each in (self.inputs, self.douts))
-            try:
-                grads = self.oracle.truth(twin, inputs, douts, self.seed).result.grads
-            except (CheckFailure, CheckError):
-                continue
-            scales |= {n: max(scales.get(n, 0.0), judge.largest(g)) for n, g in grads.items() if g is not None}
-        largest = max(scales.values(), default=0.0)
-        return replace(self, scales={n: scale if scale > 1e-9 * largest else largest for n, scale in scales.items()})
+        for k in range(1 + neighbours):
+            layer = subject.cast(self.copy(), torch.float32)
+            inputs, douts = (tuple(_cast(t, torch.float32) for t in each) for each in (self.inputs, self.douts))
+            if k:
+                for param in subject.parameters(layer).values():
+                    param.data = _near(param, generator)
+                inputs, douts = (tuple(_near(t, generator) for t in each) for each in (inputs, douts))
+            yield layer, inputs, douts
+
+    def rounding(
+        self, layer: Any, inputs: tuple[Any, ...], douts: tuple[Tensor, ...]
+    ) -> tuple[Truth, dict[str, float]]:
+        """The float64 truth for float32 tensors, and how far the oracle in float32 is from it, by tensor."""
+        exactly = subject.cast(subject.clone(layer), torch.float64)
+        up, douts_up = (tuple(_cast(t, torch.float64) for t in each) for each in (inputs, douts))
+        truth = self.oracle.truth(exactly, up, douts_up, self.seed)
+        if truth.source == "finite differences":
+            return truth, {}
+        rounded = self.oracle.truth(layer, inputs, douts, self.seed).result
+        exact = {**truth.result.outs, **truth.result.grads}
+        errors = {n: (t, exact[n]) for n, t in {**rounded.outs, **rounded.grads}.items()}
+        return truth, {n: judge.largest(t.to(w) - w) for n, (t, w) in errors.items() if t is not None and w is not None}
+
+    def scaled_by_rounding(self) -> Sample:
+        """The same example, with the scale that its rounding errors have.
+
+        Where large numbers cancel (equal rows under a batch norm, a bias before one), the gradients are all noise, and
+        their own size does not say how large that noise may be. The oracle's error in float32 does: float64 is finer by
+        a factor of 2^29, and so is its noise. Where nothing cancels this scale is far below the gradient's own.
+        """
+        noise: dict[str, float] = {}
+        for example in self.in_float32(neighbours=3):
+            with contextlib.suppress(Exception):  # what cannot run in float32 fails elsewhere, and tells nothing here
+                noise |= {n: max(noise.get(n, 0.0), e) for n, e in self.rounding(*example)[1].items()}
+        return replace(self, scales={n: SPARE * FINER * e / judge.SAME_CODE for n, e in noise.items()})
 
     def copy(self) -> Any:
         """A copy of the layer, free to be used."""
@@ -141,11 +164,14 @@ def draw_douts(layer: Any, inputs: tuple[Any, ...], seed: int) -> tuple[Tensor, 
         return tuple(torch.randn_like(out) for out in outs)
 
 
-def _nudge(t: Any, generator: torch.Generator) -> Any:
+def _cast(t: Any, dtype: torch.dtype) -> Any:
+    return t.to(dtype) if t.is_floating_point() else t
+
+
+def _near(t: Any, generator: torch.Generator) -> Any:
     if not t.is_floating_point():
         return t
-    noise = torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t.dtype)
-    return t + 0.01 * (1 + t.abs()) * noise
+    return t * (1 + 1e-3 * torch.randn(t.shape, generator=generator, dtype=t.dtype))
 
 
 def _may_be_noise(failure: GradientMismatch) -> bool:
@@ -183,7 +209,7 @@ def prop(number: int, name: str) -> Callable[[Callable[[Sample], None]], Callabl
             except GradientMismatch as failure:
                 if not _may_be_noise(failure):
                     raise
-                check(s.scaled_by_neighbours())
+                check(s.scaled_by_rounding())
 
         PROPERTIES[name] = Property(number, name, (check.__doc__ or "").split("\n")[0], twice)
 
