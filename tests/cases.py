@@ -65,12 +65,14 @@ layer(
     options={"approximate": ["none", "tanh"]},
     module=lambda approximate: nn.GELU(approximate),
 )
-layer("Softmax", lambda dim: hg.Softmax(dim), "N *M C", options={"dim": [0, -1]}, module=lambda dim: nn.Softmax(dim))
+layer(
+    "Softmax", lambda dim: hg.Softmax(dim), "N *M C", options={"dim": [0, -1, -2]}, module=lambda dim: nn.Softmax(dim)
+)
 layer(
     "LogSoftmax",
     lambda dim: hg.LogSoftmax(dim),
     "N *M C",
-    options={"dim": [0, -1]},
+    options={"dim": [0, -1, -2]},
     module=lambda dim: nn.LogSoftmax(dim),
 )
 layer(
@@ -175,6 +177,12 @@ layer(
     "*N D",
     options={"eps": [1e-5, 0.1], "affine": BOTH},
     module=lambda D, eps, affine: nn.RMSNorm(D, eps, affine),
+)
+layer(
+    "RMSNorm over two dimensions",
+    lambda T, D: hg.RMSNorm((T, D), eps=0.1),
+    "*N T D",
+    module=lambda T, D: nn.RMSNorm((T, D), eps=0.1),
 )
 layer(
     "Dropout",
