@@ -269,8 +269,15 @@ layer(
 )
 
 
-class OneByOne(hg.LSTMCell):
-    """A cell with a forward of its own, so that its scan is none of its business."""
+class LSTMByStep(hg.LSTMCell):
+    """A cell with a forward of its own, so that Unroll asks it for each step."""
+
+    def forward(self, x: torch.Tensor, state: Any = None) -> Any:
+        return super().forward(x, state)
+
+
+class GRUByStep(hg.GRUCell):
+    """Likewise, and its state is one tensor."""
 
     def forward(self, x: torch.Tensor, state: Any = None) -> Any:
         return super().forward(x, state)
@@ -284,13 +291,13 @@ layer(
 )
 layer(
     "Unroll step by step",
-    lambda D, H: hg.Unroll(OneByOne(D, H)),
+    lambda D, H: hg.Unroll(LSTMByStep(D, H)),
     "N T D",
     reference=lambda layer, x: _recurrent(nn.LSTM, layer.cell, x),
 )
 layer(
     "Unroll step by step with a state",
-    lambda D, H: hg.Unroll(OneByOne(D, H)),
+    lambda D, H: hg.Unroll(LSTMByStep(D, H)),
     ["N T D", ("N H", "N H")],
     reference=lambda layer, x, state: _recurrent(nn.LSTM, layer.cell, x, state),
 )
@@ -305,6 +312,13 @@ layer(
     "Unroll over the first dimension",
     lambda D, H: hg.Unroll(hg.LSTMCell(D, H), 0),
     "T N D",
+)
+layer(
+    "Unroll truncated step by step",
+    lambda D, H, steps: hg.Unroll(GRUByStep(D, H), steps=steps),
+    "N T D",
+    options={"steps": [1, 2]},
+    skip={"differences": "the state handed over counts as a constant"},
 )
 CONVOLUTION = {"stride": [1, 2, 3], "padding": [0, 1, 2], "dilation": [1, 2], "bias": BOTH}
 layer(

@@ -164,7 +164,10 @@ def test_a_cell_of_ones_own():
                 outs.append(self.cell.decay * outs[-1] + x[:, t])
             return torch.stack(outs, 1)
 
-    compare(Unroll(Leaky()), Reference(), [(draw(2, 5, 3),), (draw(4, 2, 3),)])
+    layer = Unroll(Leaky())
+    compare(layer, Reference(), [(draw(2, 5, 3),), (draw(4, 2, 3),)])
+    layer(draw(2, 5, 3))
+    assert layer.backward(draw(2, 5, 3), need_dx=False) is None  # though the cell has no need_dx
 
 
 def draw_state(kind, *shape):
@@ -249,6 +252,21 @@ def test_no_dx():
         layer(torch.randn(2, 5, 3))
         assert layer.backward(torch.randn(2, 5, 4), need_dx=False) is None
         assert layer.cell.weight_ih.grad is not None
+
+
+def test_a_cell_asked_for_each_step_is_told_that_nobody_wants_its_dx():
+    told = []
+
+    class Told(GRUCell):
+        def backward(self, dout, need_dx=True):
+            told.append(need_dx)
+            return super().backward(dout, need_dx)
+
+    layer = Unroll(Told(3, 4))
+    layer(torch.randn(2, 5, 3))
+    assert layer.backward(torch.randn(2, 5, 4), need_dx=False) is None
+    assert told == [False] * 5
+    assert layer.cell.weight_hh.grad is not None
 
 
 def test_errors_and_repr():
