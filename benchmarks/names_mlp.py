@@ -89,12 +89,12 @@ def handgrad_model(task: Task) -> Sequential:
     return model
 
 
-def handgrad(task: Task, compiled: bool = False, many: bool = False) -> Contender:
-    """Handgrad's TrainStep: eager, compiled step by step, or compiled with many steps a call."""
+def handgrad(task: Task, compiled: bool = False, many: bool = False, chunk: int = 8) -> Contender:
+    """Handgrad's TrainStep: eager, compiled step by step, or compiled with many steps a call, `chunk` in a graph."""
     model, (x, y), generator = handgrad_model(task), task.tensors(), torch.Generator().manual_seed(0)
     step = TrainStep(model, CrossEntropy(), SGD(model.parameters(), lr=LR))
     if compiled:
-        step = step.compile()
+        step = step.compile(chunk)
     shape = (STEPS, task.batch) if many else (task.batch,)
 
     def follow(rows: np.ndarray) -> Weights:
@@ -344,6 +344,7 @@ def contenders(task: Task, wide: bool) -> dict[str, Callable[[], Contender]]:
         "handgrad, eager": lambda: handgrad(task),
         "handgrad, compiled": lambda: handgrad(task, compiled=True),
         f"handgrad, compiled, {STEPS} steps a call": lambda: handgrad(task, compiled=True, many=True),
+        f"handgrad, compiled, {STEPS} steps a graph": lambda: handgrad(task, compiled=True, many=True, chunk=STEPS),
         "torch.nn, autograd, SGD": lambda: autograd(task),
         "torch.nn, autograd, SGD(foreach=True)": lambda: autograd(task, foreach=True),
         "torch.nn, autograd, SGD(fused=True)": lambda: autograd(task, fused=True),

@@ -135,6 +135,7 @@ def main() -> None:
             script("names_mlp.py", "--wide", "--seconds", turns, "--json", str(out / "wide_1.json")),
             script("names_mlp.py", "--wide", "--threads", "2", "--seconds", turns, "--json", str(out / "wide_2.json")),
             script("memory.py", "--json", str(out / "memory.json")),
+            script("models.py", "--seconds", "1" if args.quick else "20", "--json", str(out / "models.json")),
         ]
         failed = []
         for command in commands:

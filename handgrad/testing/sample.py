@@ -64,9 +64,9 @@ class Sample:
         return calls.run(self.layer, self.inputs, self.douts, self.seed)
 
     def in_float32(self, neighbours: int = 0) -> Iterator[tuple[Any, tuple[Any, ...], tuple[Tensor, ...]]]:
-        """Layer, inputs and douts in float32; then neighbours, which have every number changed by about 0.1 %.
+        """Layer, inputs and douts in float32; then neighbours, which have every number changed by about 0.001 or 0.1 %.
 
-        That changes all rounding and no scale.
+        That changes all rounding, of exact zeros too, and no scale: of dout, which may be tiny, only 0.1 % changes.
         """
         generator = torch.Generator().manual_seed(self.seed)
         for k in range(1 + neighbours):
@@ -75,7 +75,7 @@ class Sample:
             if k:
                 for param in subject.parameters(layer).values():
                     param.data = _near(param, generator)
-                inputs, douts = (tuple(_near(t, generator) for t in each) for each in (inputs, douts))
+                inputs, douts = tuple(_near(x, generator) for x in inputs), tuple(_near(d, generator, 0) for d in douts)
             yield layer, inputs, douts
 
     def rounding(
@@ -168,10 +168,10 @@ def _cast(t: Any, dtype: torch.dtype) -> Any:
     return t.to(dtype) if t.is_floating_point() else t
 
 
-def _near(t: Any, generator: torch.Generator) -> Any:
+def _near(t: Any, generator: torch.Generator, least: float = 1.0) -> Any:
     if not t.is_floating_point():
         return t
-    return t * (1 + 1e-3 * torch.randn(t.shape, generator=generator, dtype=t.dtype))
+    return t + 1e-3 * (least + t.abs()) * torch.randn(t.shape, generator=generator, dtype=t.dtype)
 
 
 def _may_be_noise(failure: GradientMismatch) -> bool:
