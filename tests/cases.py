@@ -499,6 +499,7 @@ loss(
     "*N D",
     "*N < V",
     options={"bias": BOTH, "ignored": BOTH, "reduction": REDUCTIONS, "chunk": [1, 2, 100]},
+    examples=120,  # there are 36 combinations
     reference=lambda layer, x, target: functional.cross_entropy(
         functional.linear(x, layer.linear.weight, layer.linear.bias).reshape(-1, layer.linear.weight.shape[0]),
         target.flatten(),
