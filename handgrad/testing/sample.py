@@ -97,13 +97,22 @@ class Sample:
 
         Where large numbers cancel (equal rows under a batch norm, a bias before one), the gradients are all noise, and
         their own size does not say how large that noise may be. The oracle's error in float32 does: float64 is finer by
-        a factor of 2^29, and so is its noise. Where nothing cancels this scale is far below the gradient's own.
+        a factor of 2^29, and so is its noise. Where the oracle adds up in float64 even for float32, its gradients for
+        multiples of dout show the noise: they must be those multiples. Where nothing cancels these scales are far below
+        the gradient's own.
         """
         noise: dict[str, float] = {}
         for example in self.in_float32(neighbours=3):
             with contextlib.suppress(Exception):  # what cannot run in float32 fails elsewhere, and tells nothing here
-                noise |= {n: max(noise.get(n, 0.0), e) for n, e in self.rounding(*example)[1].items()}
-        return replace(self, scales={n: SPARE * FINER * e / judge.SAME_CODE for n, e in noise.items()})
+                noise |= {n: max(noise.get(n, 0.0), FINER * e) for n, e in self.rounding(*example)[1].items()}
+        for factor in (0.7, 1.1, 1.3):
+            douts = tuple(factor * d for d in self.douts)
+            grads = self.oracle.truth(self.layer, self.inputs, douts, self.seed).result.grads
+            for n, g in self.truth.result.grads.items():
+                other = grads.get(n)
+                if g is not None and other is not None:
+                    noise[n] = max(noise.get(n, 0.0), judge.largest(other / factor - g))
+        return replace(self, scales={n: SPARE * e / judge.SAME_CODE for n, e in noise.items()})
 
     def copy(self) -> Any:
         """A copy of the layer, free to be used."""
