@@ -263,7 +263,7 @@ class _Runner:
             return
         if self.report.elements == 0:
             raise VacuousCheck(f"{self.name}: {self.report.examples} examples ran and nothing was compared in them")
-        wanted = 1 + self.report.examples // 5
+        wanted = 1 + min(self.report.examples // 5, 4)  # a layer with few sizes and no values has few examples
         if self.report.distinct < wanted:
             raise VacuousCheck(
                 f"{self.name}: only {self.report.distinct} of {self.report.examples} examples were different ones; "
