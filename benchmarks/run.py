@@ -1,4 +1,4 @@
-"""Make all results again: ``python benchmarks/run.py``, some ten minutes on a machine that does nothing else.
+"""Make all results again: ``python benchmarks/run.py``, some twenty minutes on a machine that does nothing else.
 
 Writes JSON, the charts and a README with the tables into benchmarks/results. Needs matplotlib; NumPy and JAX compete
 where they are installed: ``pip install -e ".[models,bench]"``.

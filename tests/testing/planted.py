@@ -33,8 +33,14 @@ def noticed_by(fault: Fault) -> str:
                     case.run()
                 except CheckFailure:
                     return "check_optimizer"
+    return failing_property(fault.layer, fault.layer, name, function)
+
+
+def failing_property(layer: type, owner: type, method: str, function: Callable[..., Any]) -> str:
+    """The first property that fails in the layer's cases with the function for owner's method; empty for none."""
+    with patched(owner, method, function), quick():
         for case in CASES.values():
-            if case.covers is fault.layer:
+            if case.covers is layer:
                 try:
                     case.run(skip={"sensitivity": "planted faults are what is tested", **case.keywords.get("skip", {})})
                 except CheckFailure as failure:

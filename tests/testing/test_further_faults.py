@@ -2,46 +2,20 @@
 
 from __future__ import annotations
 
-import importlib.util
 import inspect
-import sys
 from collections import Counter
-from pathlib import Path
 
 import pytest
 
 import handgrad as hg
-from handgrad.testing import CheckFailure
-from handgrad.testing.mutate import patched, quick
-
-
-def load(path: Path):
-    """A file of the tests as a module, once."""
-    name = f"handgrad_tests_{path.stem}"
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, path)
-        assert spec is not None
-        sys.modules[name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[name])
-    return sys.modules[name]
-
-
-HERE = Path(__file__).parent
-FAULTS = load(HERE / "further_faults.py").FAULTS
-CASES = load(HERE.parent / "cases.py").CASES
+from tests.testing.further_faults import FAULTS
+from tests.testing.planted import failing_property
 
 
 def noticed_by(fault) -> str:
     """The first property that fails; empty for none."""
     owner = next(c for c in fault.layer.__mro__ if fault.method in vars(c))
-    with patched(owner, fault.method, fault.function()), quick():
-        for case in CASES.values():
-            if case.covers is fault.layer:
-                try:
-                    case.run(skip={"sensitivity": "planted faults are what is tested", **case.keywords.get("skip", {})})
-                except CheckFailure as failure:
-                    return str(failure.details["property"])
-    return ""
+    return failing_property(fault.layer, owner, fault.method, fault.function())
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda f: f"{f.layer.__name__}: {f.name}")
