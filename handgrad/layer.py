@@ -12,7 +12,7 @@ Three conventions come from PyTorch. A parameter is a plain tensor and its gradi
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar, NamedTuple, TypeAlias, TypeVar
 
 import torch
@@ -58,31 +58,36 @@ def buffer(*shape: str) -> Any:
 Spec: TypeAlias = tuple[torch.Size, torch.dtype] | list[Any]
 """What dout must be like: shape and dtype, or a list of specs where it is a tuple."""
 
-Record: TypeAlias = tuple[tuple[Any, ...], list[int], Spec]
-"""What one forward left for its backward: what it saved, how often each saved tensor had been changed in place by then,
-and what dout must be like. Plain tuples: every step makes one a layer."""
+Record: TypeAlias = tuple[tuple[Any, ...], list[tuple[Tensor, int]], Spec]
+"""What one forward left for its backward: what it saved, the tensors among it, each with how often it had been changed
+in place by then, and what dout must be like. Plain tuples: every step makes one a layer."""
 
 
-def blocks(*tensors: Tensor, scratch: int = 0) -> Iterable[tuple[Tensor, ...]]:
-    """The tensors, as long as each other, cut along dimension 0 into pieces that the processor's cache can hold.
+def blockwise(formula: Callable[..., Tensor], *tensors: Tensor, out: Tensor | None = None, scratch: int = 0) -> Tensor:
+    """``formula(*tensors, out, *scratch)``, computed on pieces along dimension 0 that the processor's cache can hold.
 
-    Several passes over a piece then cost one trip to memory, which for large tensors is what takes the time. After the
-    tensors come `scratch` more, like the first, for intermediate results: the same memory for every piece, because
-    fresh memory costs more than the arithmetic. Small tensors come whole, and all of them in a compiled graph, which
-    makes one pass of several by itself.
+    Several passes over a piece cost one trip to memory, which for large tensors is what takes the time. The formula
+    takes its pieces of the tensors, which are as long as each other, and then the memory to write to: `out`, for its
+    result (like the first tensor where none is given), and `scratch` more for what comes between, the same for every
+    piece, because fresh memory costs more than the arithmetic. It passes them on as `out=` and returns its result.
+
+    Small tensors come whole, without that memory: None as `out=` means fresh memory, too. So do all tensors in a
+    compiled graph, which makes one pass of several by itself.
     """
     first = tensors[0]
     count = first.numel()
     if count <= BLOCK or is_compiling():
-        return ((*tensors, *[torch.empty_like(first) for _ in range(scratch)]),)
+        return formula(*tensors, out, *[None] * scratch)
     length = max(1, BLOCK * len(first) // count)
+    whole = torch.empty_like(first) if out is None else out
     spare = [torch.empty_like(first[:length]) for _ in range(scratch)]
-    pieces = zip(*[torch.split(t, length) for t in tensors])
-    return ((*piece, *[t[: len(piece[0])] for t in spare]) for piece in pieces)
+    for piece in zip(*[torch.split(t, length) for t in (*tensors, whole)]):
+        formula(*piece, *[t[: len(piece[0])] for t in spare])
+    return whole
 
 
 def total(parts: list[Tensor]) -> Tensor:
-    """The sum of what the blocks gave, elementwise."""
+    """The sum of what the pieces gave, elementwise."""
     return parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
 
 
@@ -213,13 +218,11 @@ class Layer:
         saved, versions, spec = self._records[-1]
         if not isinstance(dout, Tensor) or (dout.shape, dout.dtype) != spec:
             self._check_dout(dout, spec)
-        if versions != _versions(saved):
-            raise self.error(
-                StateError,
-                "backward",
-                f"{self._name_changed(saved, versions)} was changed in place after the forward that recorded it; "
-                "run backward before an optimizer step or any in-place change",
-            )
+        for tensor, version in versions:
+            if tensor._version != version:
+                problem = f"{self._name_of(tensor)} was changed in place after the forward that recorded it; "
+                problem += "run backward before an optimizer step or any in-place change"
+                raise self.error(StateError, "backward", problem)
         self._records.pop()
         return saved
 
@@ -277,19 +280,11 @@ class Layer:
 
     def _refuse_stale(self, record: Record) -> None:
         """A record whose tensors have changed can never be used: it was left behind by an earlier step."""
-        saved, versions, _ = record
-        if versions != _versions(saved):
-            raise self.error(
-                StateError,
-                "forward",
-                f"{len(self._records)} earlier forward(s) never had a backward, and "
-                f"{self._name_changed(saved, versions)} has changed since; evaluate under torch.no_grad(), "
-                "or discard them with drop_records()",
-            )
-
-    def _name_changed(self, saved: tuple[Any, ...], versions: list[int]) -> str:
-        pairs = zip(_versioned(saved), versions)
-        return next(self._name_of(t) for t, version in pairs if t._version != version)
+        for tensor, version in record[1]:
+            if tensor._version != version:
+                problem = f"{len(self._records)} earlier forward(s) never had a backward, and {self._name_of(tensor)} "
+                problem += "has changed since; evaluate under torch.no_grad(), or discard them with drop_records()"
+                raise self.error(StateError, "forward", problem)
 
     def _name_of(self, tensor: Tensor) -> str:
         named = ((name, getattr(self, name, None)) for name in self._declared)
@@ -410,19 +405,14 @@ def _spec(out: Any) -> Spec:
     return (out.shape, out.dtype) if isinstance(out, Tensor) else [_spec(o) for o in out]
 
 
-def _versioned(saved: tuple[Any, ...]) -> list[Tensor]:
-    """The tensors that count their in-place changes: all but those made under torch.inference_mode()."""
-    return [t for t in saved if isinstance(t, Tensor) and not t.is_inference()]
-
-
-def _versions(saved: tuple[Any, ...]) -> list[int]:
-    """How often each of the tensors has been changed in place; nothing in a compiled graph, which has no such count."""
+def _versions(saved: tuple[Any, ...]) -> list[tuple[Tensor, int]]:
+    """How often each tensor has been changed in place; nothing in a compiled graph, which has no such count."""
     if is_compiling():
         return []
     try:
-        return [t._version for t in saved if t is not None and isinstance(t, Tensor)]
-    except RuntimeError:  # a tensor without the count, made under torch.inference_mode(), is among them
-        return [t._version for t in _versioned(saved)]
+        return [(t, t._version) for t in saved if isinstance(t, Tensor)]
+    except RuntimeError:  # tensors made under torch.inference_mode() have no such count
+        return [(t, t._version) for t in saved if isinstance(t, Tensor) and not t.is_inference()]
 
 
 def _distinct(tensors: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:

@@ -19,7 +19,7 @@ def test_every_property_of(name):
     assert report.properties[0].examples > 0
 
 
-@pytest.mark.parametrize("name", [n for n, c in CASES.items() if hasattr(inspect.getmodule(c.covers), "blocks")])
+@pytest.mark.parametrize("name", [n for n, c in CASES.items() if hasattr(inspect.getmodule(c.covers), "blockwise")])
 def test_every_property_in_pieces_of(name, monkeypatch):
     """What goes through memory in pieces does so rightly: here a piece is no more than four numbers, if not one row."""
     monkeypatch.setattr(handgrad.layer, "BLOCK", 4)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from handgrad.errors import ArgumentError, ShapeError
-from handgrad.layer import Layer, blocks
+from handgrad.layer import Layer, blockwise
 
 
 class Tanh(Layer):
@@ -37,12 +37,13 @@ class Tanh(Layer):
 
     def backward(self, dout: Tensor) -> Tensor:
         (out,) = self.pop(dout)
-        # out = tanh(x)
-        dx = torch.empty_like(dout)
-        for d, o, result in blocks(dout, out, dx):
-            torch.mul(o, o, out=result)
-            torch.addcmul(d, d, result, value=-1, out=result)
-        return dx
+
+        def formula(d: Tensor, o: Tensor, dx: Tensor | None) -> Tensor:
+            # out = tanh(x)
+            square = torch.mul(o, o, out=dx)
+            return torch.addcmul(d, d, square, value=-1, out=dx)
+
+        return blockwise(formula, dout, out)
 
 
 class Sigmoid(Layer):
@@ -69,11 +70,12 @@ class Sigmoid(Layer):
 
     def backward(self, dout: Tensor) -> Tensor:
         (out,) = self.pop(dout)
-        # out = 1/(1 + exp(-x))
-        dx = torch.empty_like(dout)
-        for d, o, result in blocks(dout, out, dx):
-            torch.addcmul(o, o, o, value=-1, out=result).mul_(d)
-        return dx
+
+        def formula(d: Tensor, o: Tensor, dx: Tensor | None) -> Tensor:
+            # out = 1/(1 + exp(-x))
+            return torch.addcmul(o, o, o, value=-1, out=dx).mul_(d)
+
+        return blockwise(formula, dout, out)
 
 
 class ReLU(Layer):
@@ -100,11 +102,13 @@ class ReLU(Layer):
 
     def backward(self, dout: Tensor) -> Tensor:
         (out,) = self.pop(dout)
-        # out = max(x, 0): the slope, 1 or 0, is written as a number at once (a mask of bools is several times slower)
-        dx = torch.empty_like(dout)
-        for d, o, result in blocks(dout, out, dx):
-            torch.ne(o, 0, out=result).mul_(d)
-        return dx
+
+        def formula(d: Tensor, o: Tensor, dx: Tensor) -> Tensor:
+            # out = max(x, 0)
+            return torch.ne(o, 0, out=dx).mul_(d)
+
+        # the slope is written as a number at once: a mask of bools is several times slower
+        return blockwise(formula, dout, out, out=torch.empty_like(dout))
 
 
 class LeakyReLU(Layer):
@@ -134,12 +138,13 @@ class LeakyReLU(Layer):
 
     def backward(self, dout: Tensor) -> Tensor:
         (x,) = self.pop(dout)
-        # out = x where x > 0, else negative_slope x
-        dx = torch.empty_like(dout)
-        for d, x_, result in blocks(dout, x, dx):
-            torch.gt(x_, 0, out=result).mul_(d)  # dout or 0
-            result.lerp_(d, self.negative_slope)  # dx + negative_slope (dout - dx)
-        return dx
+
+        def formula(d: Tensor, x: Tensor, dx: Tensor) -> Tensor:
+            # out = x where x > 0, else negative_slope x
+            torch.gt(x, 0, out=dx).mul_(d)  # dout or 0
+            return dx.lerp_(d, self.negative_slope)  # dx + negative_slope (dout - dx)
+
+        return blockwise(formula, dout, x, out=torch.empty_like(dout))
 
     def extra_repr(self) -> str:
         return f"{self.negative_slope}"
@@ -170,13 +175,14 @@ class SiLU(Layer):
 
     def backward(self, dout: Tensor) -> Tensor:
         (x,) = self.pop(dout)
-        # out = x s
-        dx = torch.empty_like(dout)
-        for d, x_, result, s in blocks(dout, x, dx, scratch=1):
-            torch.sigmoid(x_, out=s)
-            torch.addcmul(x_, x_, s, value=-1, out=result)  # x (1 - s)
-            torch.addcmul(s, s, result, out=result).mul_(d)
-        return dx
+
+        def formula(d: Tensor, x: Tensor, dx: Tensor | None, s: Tensor | None) -> Tensor:
+            # out = x s
+            s = torch.sigmoid(x, out=s)
+            rest = torch.addcmul(x, x, s, value=-1, out=dx)  # x (1 - s)
+            return torch.addcmul(s, s, rest, out=rest).mul_(d)
+
+        return blockwise(formula, dout, x, scratch=1)
 
 
 class GELU(Layer):
@@ -213,25 +219,27 @@ class GELU(Layer):
 
     def backward(self, dout: Tensor) -> Tensor:
         (x,) = self.pop(dout)
-        dx = torch.empty_like(dout)
-        if self.approximate == "none":
+
+        def exact(d: Tensor, x: Tensor, dx: Tensor | None, erf: Tensor | None) -> Tensor:
             # out = x (1 + erf)/2, erf = erf(x/sqrt 2)
-            for d, x_, result, erf in blocks(dout, x, dx, scratch=1):
-                torch.mul(x_, x_, out=result).mul_(-0.5).exp_()  # sqrt(2 pi) phi(x)
-                torch.mul(x_, math.sqrt(0.5), out=erf).erf_()
-                erf.addcmul_(x_, result, value=math.sqrt(2 / math.pi)).mul_(d)  # dout (erf + 2 x phi(x))
-                torch.lerp(d, erf, 0.5, out=result)  # (dout + dout (erf + 2 x phi(x)))/2
-        else:
+            density = torch.mul(x, x, out=dx).mul_(-0.5).exp_()  # sqrt(2 pi) phi(x)
+            erf = torch.mul(x, math.sqrt(0.5), out=erf).erf_()
+            erf.addcmul_(x, density, value=math.sqrt(2 / math.pi)).mul_(d)  # dout (erf + 2 x phi(x))
+            return torch.lerp(d, erf, 0.5, out=density)  # (dout + dout (erf + 2 x phi(x)))/2
+
+        def approximate(d: Tensor, x: Tensor, dx: Tensor | None, v: Tensor | None, s: Tensor | None) -> Tensor:
             # out = x s, s = 1/(1 + exp(-v)), v = w + a w x^2, w = 2k x
-            for d, x_, result, v, s in blocks(dout, x, dx, scratch=2):
-                torch.mul(x_, 2 * math.sqrt(2 / math.pi), out=result)  # w
-                torch.mul(x_, x_, out=v)
-                torch.addcmul(result, result, v, value=0.044715, out=v)
-                torch.sigmoid(v, out=s)
-                result.lerp_(v, 3.0)  # x v' = w + 3 (v - w)
-                result.addcmul_(result, s, value=-1)
-                torch.addcmul(s, s, result, out=result).mul_(d)
-        return dx
+            w = torch.mul(x, 2 * math.sqrt(2 / math.pi), out=dx)
+            square = torch.mul(x, x, out=v)
+            v = torch.addcmul(w, w, square, value=0.044715, out=square)
+            s = torch.sigmoid(v, out=s)
+            rest = w.lerp_(v, 3.0)  # x v' = w + 3 (v - w)
+            rest.addcmul_(rest, s, value=-1)  # x v' (1 - s)
+            return torch.addcmul(s, s, rest, out=rest).mul_(d)
+
+        if self.approximate == "none":
+            return blockwise(exact, dout, x, scratch=1)
+        return blockwise(approximate, dout, x, scratch=2)
 
     def extra_repr(self) -> str:
         return "" if self.approximate == "none" else f"approximate={self.approximate!r}"
@@ -270,12 +278,13 @@ class Softmax(Layer):
 
     def backward(self, dout: Tensor) -> Tensor:
         (out,) = self.pop(dout)
-        # out_c = exp(x_c) / sum_k exp(x_k)
-        dx = torch.empty_like(dout)
-        for d, o, result in _samples(self.dim, dout, out, dx):
-            total = torch.mul(d, o, out=result).sum(self.dim, keepdim=True)
-            torch.sub(d, total, out=result).mul_(o)
-        return dx
+
+        def formula(d: Tensor, o: Tensor, dx: Tensor | None) -> Tensor:
+            # out_c = exp(x_c) / sum_k exp(x_k)
+            dx = torch.mul(d, o, out=dx)
+            return torch.sub(d, dx.sum(self.dim, keepdim=True), out=dx).mul_(o)
+
+        return _samplewise(formula, self.dim, dout, out)
 
     def extra_repr(self) -> str:
         return f"dim={self.dim}"
@@ -309,12 +318,13 @@ class LogSoftmax(Layer):
 
     def backward(self, dout: Tensor) -> Tensor:
         (out,) = self.pop(dout)
-        # out_c = x_c - log sum_k exp(x_k)
-        dx = torch.empty_like(dout)
-        for d, o, result in _samples(self.dim, dout, out, dx):
-            torch.exp(o, out=result).mul_(d.sum(self.dim, keepdim=True))
-            torch.sub(d, result, out=result)
-        return dx
+
+        def formula(d: Tensor, o: Tensor, dx: Tensor | None) -> Tensor:
+            # out_c = x_c - log sum_k exp(x_k)
+            dx = torch.exp(o, out=dx).mul_(d.sum(self.dim, keepdim=True))
+            return torch.sub(d, dx, out=dx)
+
+        return _samplewise(formula, self.dim, dout, out)
 
     def extra_repr(self) -> str:
         return f"dim={self.dim}"
@@ -326,6 +336,6 @@ def _check_dim(layer: Layer, x: Tensor, dim: int) -> None:
         raise layer.error(ShapeError, "forward", f"x must have dimension {dim}, got shape {tuple(x.shape)}")
 
 
-def _samples(dim: int, *tensors: Tensor) -> Iterable[tuple[Tensor, ...]]:
-    """The blocks of the tensors, which must not cut the dimension that is summed over."""
-    return (tensors,) if dim in (0, -tensors[0].dim()) else blocks(*tensors)
+def _samplewise(formula: Callable[..., Tensor], dim: int, dout: Tensor, out: Tensor) -> Tensor:
+    """The formula on blocks, which must not cut the dimension that is summed over."""
+    return formula(dout, out, None) if dim in (0, -dout.dim()) else blockwise(formula, dout, out)

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.functional import batch_norm
 
 from handgrad.errors import ArgumentError, ShapeError
-from handgrad.layer import Layer, blocks, buffer, parameter, total
+from handgrad.layer import Layer, blockwise, buffer, parameter, total
 
 
 class BatchNorm1d(Layer):
@@ -107,12 +107,15 @@ class BatchNorm1d(Layer):
         shape, dims = dout.shape, (0,) if x.dim() == 2 else (0, 2)
         if self.channels_last:
             dout = dout.reshape(x.shape)
-        diff = torch.empty_like(x)  # whose memory becomes dx's
-        douts, products, mean = [], [], _column(mean, x)
-        for d, x_, part, product in blocks(dout, x, diff, scratch=1):
-            torch.sub(x_, mean, out=part)
+        center, douts, products = _column(mean, x), [], []
+
+        def sums(d: Tensor, x: Tensor, diff: Tensor | None, product: Tensor | None) -> Tensor:
+            diff = torch.sub(x, center, out=diff)
             douts.append(d.sum(dims))
-            products.append(torch.mul(d, part, out=product).sum(dims))
+            products.append(torch.mul(d, diff, out=product).sum(dims))
+            return diff
+
+        diff = blockwise(sums, dout, x, scratch=1)
         # out = diff rstd weight + bias
         dbias, dweight = total(douts), total(products).mul_(rstd)  # (C,)
         self.add_grad(weight, dweight)
@@ -125,10 +128,12 @@ class BatchNorm1d(Layer):
             return torch.mul(dout, scale, out=diff).view(shape)
         n = max(x.numel() // self.num_features, 1)
         through_mean, through_var = _column(dbias, x), _column(dweight * rstd, x)
-        for part, d in blocks(diff, dout):
-            torch.addcmul(through_mean, part, through_var, value=n / max(m, 1), out=part)
-            torch.sub(d, part, alpha=1 / n, out=part).mul_(scale)
-        return diff.view(shape)
+
+        def formula(d: Tensor, diff: Tensor, dx: Tensor) -> Tensor:
+            through_both = torch.addcmul(through_mean, diff, through_var, value=n / max(m, 1), out=dx)
+            return torch.sub(d, through_both, alpha=1 / n, out=dx).mul_(scale)
+
+        return blockwise(formula, dout, diff, out=diff).view(shape)
 
     def _normalize(self, x: Tensor, k: float) -> tuple[Tensor, Tensor, Tensor]:
         """Out, mean and rstd from the batch's statistics, with k = m/n; in training, update the running ones.

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from handgrad.errors import ArgumentError, ShapeError
-from handgrad.layer import Layer, blocks, parameter, total
+from handgrad.layer import Layer, blockwise, parameter, total
 
 
 class LayerNorm(Layer):
@@ -65,20 +65,25 @@ class LayerNorm(Layer):
         x, mean, rstd, weight = self.pop(dout)
         rows = [_rows(t, self.normalized_shape) for t in (dout, x)]
         columns, shares = (mean.reshape(-1, 1), rstd.reshape(-1, 1)), _shares(weight)
-        dx = torch.empty_like(rows[1])
         dweights, dbiases = [], []
-        for d, x_, m, r, xhat, product in blocks(*rows, *columns, dx, scratch=1):
-            torch.sub(x_, m, out=xhat).mul_(r)
+
+        def formula(
+            d: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, dx: Tensor | None, product: Tensor | None
+        ) -> Tensor:
+            xhat = torch.sub(x, mean, out=dx).mul_(rstd)
             # out = xhat weight + bias
-            dweights.append(torch.mul(d, xhat, out=product).sum(0))
+            product = torch.mul(d, xhat, out=product)
+            dweights.append(product.sum(0))
             dbiases.append(d.sum(0))
             if not need_dx:
-                continue
+                return xhat
             # xhat = (x - mean) rstd; dx takes the memory of xhat
             through_var, through_mean = _average(product, shares), _average(d, shares)  # avg(dxhat xhat) and avg(dxhat)
             dxhat = d if weight is None else torch.mul(d, weight.reshape(-1), out=product)
             xhat.mul_(through_var).add_(through_mean)
-            torch.sub(dxhat, xhat, out=xhat).mul_(r)
+            return torch.sub(dxhat, xhat, out=xhat).mul_(rstd)
+
+        dx = blockwise(formula, *rows, *columns, scratch=1)
         if weight is not None:
             self.add_grad(weight, total(dweights).view_as(weight))
         if self.bias is not None:
@@ -137,18 +142,21 @@ class RMSNorm(Layer):
     def backward(self, dout: Tensor, need_dx: bool = True) -> Tensor | None:
         x, rstd, weight = self.pop(dout)
         rows, shares = [_rows(t, self.normalized_shape) for t in (dout, x)], _shares(weight)
-        dx = torch.empty_like(rows[1])
         dweights = []
-        for d, x_, r, xhat, product in blocks(*rows, rstd.reshape(-1, 1), dx, scratch=1):
-            torch.mul(x_, r, out=xhat)
+
+        def formula(d: Tensor, x: Tensor, rstd: Tensor, dx: Tensor | None, product: Tensor | None) -> Tensor:
+            xhat = torch.mul(x, rstd, out=dx)
             # out = xhat weight
-            dweights.append(torch.mul(d, xhat, out=product).sum(0))
+            product = torch.mul(d, xhat, out=product)
+            dweights.append(product.sum(0))
             if not need_dx:
-                continue
+                return xhat
             # xhat = x rstd; dx takes the memory of xhat
             through_rstd = _average(product, shares)  # avg(dxhat xhat)
             dxhat = d if weight is None else torch.mul(d, weight.reshape(-1), out=product)
-            torch.sub(dxhat, xhat.mul_(through_rstd), out=xhat).mul_(r)
+            return torch.sub(dxhat, xhat.mul_(through_rstd), out=xhat).mul_(rstd)
+
+        dx = blockwise(formula, *rows, rstd.reshape(-1, 1), scratch=1)
         if weight is not None:
             self.add_grad(weight, total(dweights).view_as(weight))
         return dx.view(x.shape) if need_dx else None

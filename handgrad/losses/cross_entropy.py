@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 from torch.nn.functional import nll_loss
 
 from handgrad.errors import ArgumentError, DtypeError, IndexRangeError, ShapeError
@@ -114,8 +115,10 @@ class CrossEntropy(Loss):
         if not isinstance(target, Tensor) or target.dtype is not torch.int64:
             came = target.dtype if isinstance(target, Tensor) else type(target).__name__
             raise self.error(DtypeError, "forward", f"target must be an int64 tensor of class indices, got {came}")
-        dim = min(x.dim() - 1, 1)
-        if dim < 0 or target.shape != x.shape[:dim] + x.shape[dim + 1 :]:
+        dim, rows = min(x.dim() - 1, 1), [*x.shape]
+        if dim >= 0:
+            del rows[dim]  # the shape without the classes
+        if dim < 0 or [*target.shape] != rows:
             problem = f"x must be (C,) or (N, C, ...) and target the same without C, got {tuple(x.shape)} and "
             raise self.error(ShapeError, "forward", problem + f"{tuple(target.shape)}")
         if self.weight is not None and self.weight.shape[0] != x.shape[dim]:
@@ -129,7 +132,7 @@ class CrossEntropy(Loss):
         The range check already tells whether a row can be ignored, so the usual batch goes without masks. A compiled
         graph cannot look at values and always takes the mask.
         """
-        if torch.compiler.is_compiling():
+        if is_compiling():
             return target != self.ignore_index
         if target.numel() == 0:
             return None

@@ -45,13 +45,22 @@ class Sample:
 
     def floor(self, name: str) -> float:
         """The least scale that a gradient is judged by: that of the rounding where it cancels out."""
-        return max(self.scales.get(name, 0.0), self._rounded)
+        return max(self.scales.get(name, 0.0), self._rounded[name in self._parameters])
 
     @cached_property
-    def _rounded(self) -> float:
-        """1e-3 of the largest dout, times the largest parameter, with which dout is multiplied on its way."""
+    def _rounded(self) -> tuple[float, float]:
+        """1e-3 of what the gradients of inputs and of parameters are sums of, before anything cancels.
+
+        That is the largest dout times the largest parameter, with which it is multiplied on its way to an input; and
+        times the largest input at the end of its way to a parameter.
+        """
         dout = max((judge.largest(d) for d in self.douts + self.other_douts), default=0.0)
-        return 1e-3 * dout * max([1.0, *map(judge.largest, subject.parameters(self.layer).values())])
+        to_input = 1e-3 * dout * max([1.0, *map(judge.largest, self._parameters.values())])
+        return to_input, to_input * max([1.0, *(judge.largest(x) for x in self.inputs if x.is_floating_point())])
+
+    @cached_property
+    def _parameters(self) -> dict[str, Tensor]:
+        return subject.parameters(self.layer)
 
     @cached_property
     def truth(self) -> Truth:

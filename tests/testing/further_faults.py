@@ -108,13 +108,13 @@ faults(
 faults(
     hg.Sigmoid,
     ("out + out^2", "value=-1", "value=1"),
-    ("out forgotten", "torch.addcmul(o, o, o, value=-1, out=result)", "torch.sub(1, o, out=result)"),
+    ("out forgotten", "torch.addcmul(o, o, o, value=-1, out=dx)", "torch.sub(1, o, out=dx)"),
     ("dout forgotten", ".mul_(d)", ""),
     ("out - out^3", "torch.addcmul(o, o, o,", "torch.addcmul(o, o, o * o,"),
     (
         "written into out",
-        "torch.addcmul(o, o, o, value=-1, out=result)",
-        "result.copy_(o.addcmul_(o, o, value=-1))",
+        "torch.addcmul(o, o, o, value=-1, out=dx)",
+        "o.addcmul_(o, o, value=-1).clone()",
         "ownership",
     ),
     ("sigmoid once more", "torch.addcmul(o, o, o,", "torch.addcmul(o, o, torch.sigmoid(o),"),
@@ -126,50 +126,55 @@ faults(
     ("threshold at a half", "torch.ne(o, 0,", "torch.gt(o, 0.5,"),
     ("dout forgotten", ".mul_(d)", ""),
     ("the derivative of the square", ".mul_(d)", ".mul_(d).mul_(2 * o)"),
-    ("in float32", "return dx", "return dx.float()"),
+    ("in float32", ".mul_(d)", ".mul_(d).float()"),
 )
 faults(
     hg.LeakyReLU,
-    ("as ReLU", "result.lerp_(d, self.negative_slope)", "pass"),
+    ("as ReLU", "dx.lerp_(d, self.negative_slope)", "dx"),
     ("slope 0.01 whatever was asked for", "self.negative_slope", "0.01"),
     ("the sides exchanged", "torch.gt(x", "torch.le(x"),
     ("slope squared", "self.negative_slope", "self.negative_slope ** 2"),
     ("dout forgotten", ".mul_(d)", ""),
-    ("slope 1 everywhere", "result.lerp_(d, self.negative_slope)", "result.copy_(d)"),
+    ("slope 1 everywhere", "dx.lerp_(d, self.negative_slope)", "dx.copy_(d)"),
 )
 faults(
     hg.SiLU,
-    ("as sigmoid", "torch.addcmul(x_, x_, s, value=-1, out=result)", "result.zero_()"),
+    ("as sigmoid", "torch.addcmul(x, x, s, value=-1, out=dx)", "torch.zeros_like(x)"),
     ("1 + s", "value=-1", "value=1"),
-    ("s forgotten", "torch.addcmul(s, s, result,", "torch.addcmul(s, torch.ones_like(s), result,"),
-    ("the first s forgotten", "torch.addcmul(s, s, result,", "torch.mul(s, result,"),
+    ("s forgotten", "torch.addcmul(s, s, rest,", "torch.addcmul(s, torch.ones_like(s), rest,"),
+    ("the first s forgotten", "torch.addcmul(s, s, rest,", "torch.mul(s, rest,"),
     ("dout forgotten", ".mul_(d)", ""),
-    ("written into x", "value=-1, out=result)", "value=-1, out=x_); result.copy_(x_)", "ownership"),
+    ("written into x", "value=-1, out=dx)", "value=-1, out=x).clone()", "ownership"),
 )
 faults(
     hg.GELU,
     ("the tanh form for both", 'if self.approximate == "none":', "if False:"),
     ("the exact form for both", 'if self.approximate == "none":', "if True:"),
     ("density of deviation 2", ".mul_(-0.5)", ".mul_(-0.25)"),
-    ("x phi(x) forgotten", "erf.addcmul_(x_, result, value=math.sqrt(2 / math.pi))", "erf"),
-    ("1/3 of the cubic term", "result.lerp_(v, 3.0)", "result.copy_(v)"),
-    ("u for 2u", "result.addcmul_(result, s, value=-1)", "result.addcmul_(result, s, value=-1).mul_(0.5)"),
+    ("x phi(x) forgotten", "erf.addcmul_(x, density, value=math.sqrt(2 / math.pi))", "erf"),
+    ("1/3 of the cubic term", "w.lerp_(v, 3.0)", "w.copy_(v)"),
+    ("u for 2u", "rest.addcmul_(rest, s, value=-1)", "rest.addcmul_(rest, s, value=-1).mul_(0.5)"),
 )
 faults(
     hg.Softmax,
-    ("no Jacobian", "torch.sub(d, total, out=result)", "result.copy_(d)"),
-    ("as if classes were independent", "torch.sub(d, total, out=result)", "torch.mul(d, 1 - o, out=result)"),
+    ("no Jacobian", "torch.sub(d, dx.sum(self.dim, keepdim=True), out=dx)", "d.clone()"),
+    ("as if classes were independent", "torch.sub(d, dx.sum(self.dim, keepdim=True), out=dx)", "(d * (1 - o))"),
     ("the sum over another dimension", "sum(self.dim,", "sum(0 if self.dim else -1,"),
     ("the mean", ".sum(self.dim", ".mean(self.dim"),
-    ("the sum of dout alone", "torch.mul(d, o, out=result)", "result.copy_(d)"),
-    ("written into dout", "torch.sub(d, total, out=result)", "result.copy_(d.sub_(total))", "ownership"),
+    ("the sum of dout alone", "torch.mul(d, o, out=dx)", "d.clone()"),
+    (
+        "written into dout",
+        "torch.sub(d, dx.sum(self.dim, keepdim=True), out=dx)",
+        "d.sub_(dx.sum(self.dim, keepdim=True)).clone()",
+        "ownership",
+    ),
 )
 faults(
     hg.LogSoftmax,
     ("the sum forgotten", ".mul_(d.sum(self.dim, keepdim=True))", ""),
     ("the mean", "d.sum(self.dim", "d.mean(self.dim"),
-    ("log probabilities for probabilities", "torch.exp(o, out=result)", "result.copy_(o)"),
-    ("the exponential in place", "torch.exp(o, out=result)", "result.copy_(o.exp_())", "ownership"),
+    ("log probabilities for probabilities", "torch.exp(o, out=dx)", "o.clone()"),
+    ("the exponential in place", "torch.exp(o, out=dx)", "o.exp_().clone()", "ownership"),
     ("softmax's Jacobian", "d.sum(self.dim", "(d * o.exp()).sum(self.dim"),
     ("the sum over another dimension", "d.sum(self.dim", "d.sum(0 if self.dim else -1"),
 )
@@ -181,13 +186,13 @@ faults(
     ("the path through the mean forgotten", ".add_(through_mean)", ""),
     ("the path through the variance forgotten", "xhat.mul_(through_var)", "xhat.mul_(0)"),
     ("weight forgotten in dx", "torch.mul(d, weight.reshape(-1), out=product)", "d"),
-    ("dweight of x, not of xhat", "torch.mul(d, xhat, out=product)", "torch.mul(d, x_, out=product)"),
-    ("dweight averaged", "out=product).sum(0)", "out=product).mean(0)"),
+    ("dweight of x, not of xhat", "torch.mul(d, xhat, out=product)", "torch.mul(d, x, out=product)"),
+    ("dweight averaged", "product.sum(0)", "product.mean(0)"),
     ("weight forgotten in the averages", "_average(product, shares)", "_average(product, None)"),
     (
         "dx written into dout",
-        "torch.sub(dxhat, xhat, out=xhat).mul_(r)",
-        "d.copy_(torch.sub(dxhat, xhat, out=xhat).mul_(r))",
+        "torch.sub(dxhat, xhat, out=xhat).mul_(rstd)",
+        "d.copy_(torch.sub(dxhat, xhat, out=xhat).mul_(rstd))",
         "ownership",
     ),
 )
@@ -196,9 +201,9 @@ faults(
     ("the path through rstd forgotten", "xhat.mul_(through_rstd)", "xhat.mul_(0)"),
     ("a mean subtracted, as in LayerNorm", "through_rstd = ", "through_rstd = d.mean() + "),
     ("weight forgotten in dx", "torch.mul(d, weight.reshape(-1), out=product)", "d"),
-    ("dweight of x, not of xhat", "torch.mul(d, xhat, out=product)", "torch.mul(d, x_, out=product)"),
+    ("dweight of x, not of xhat", "torch.mul(d, xhat, out=product)", "torch.mul(d, x, out=product)"),
     ("weight forgotten in the average", "_average(product, shares)", "_average(product, None)"),
-    ("rstd squared", "out=xhat).mul_(r)", "out=xhat).mul_(r * r)"),
+    ("rstd squared", "out=xhat).mul_(rstd)", "out=xhat).mul_(rstd * rstd)"),
 )
 faults(
     hg.Dropout,
@@ -238,7 +243,7 @@ faults(
 )
 faults(
     hg.RNNCell,
-    ("1 - out", "1 - out * out", "1 - out"),
+    ("1 - out", "_tanh_slope(out)", "1 - out"),
     ("relu's slope turned round", "out <= 0", "out > 0"),
     method="slopes",
 )
@@ -289,10 +294,10 @@ faults(
 faults(hg.GRUCell, ("hn's gradient for xn's", "db[..., 2 * self.hidden_size :] = dout * sn", "pass"), method="da")
 faults(
     hg.LSTMCell,
-    ("tanh' forgotten", "(1 - u * u).mul_(o)", "o.clone()"),
-    ("o forgotten", "(1 - u * u).mul_(o)", "(1 - u * u)"),
+    ("tanh' forgotten", "_tanh_slope(u).mul_(o)", "o.clone()"),
+    ("o forgotten", "_tanh_slope(u).mul_(o)", "_tanh_slope(u)"),
     ("i and f exchanged", "torch.stack([si, sf, sg]", "torch.stack([sf, si, sg]"),
-    ("g' as of a sigmoid", "(1 - g * g).mul_(i)", "(1 - g).mul_(g).mul_(i)"),
+    ("g' as of a sigmoid", "_tanh_slope(g).mul_(i)", "(1 - g).mul_(g).mul_(i)"),
     method="slopes",
 )
 faults(
