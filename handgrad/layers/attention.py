@@ -21,7 +21,7 @@ class SelfAttention(Layer):
                s = q k^T / sqrt(d), per head;  s[t, u] = -inf for u > t if causal
                p = softmax(s) over u;  y = p v, the heads side by side again;  out = out_proj(y)
     Shapes:    x (..., T, D); in_proj_weight (3 D, D); in_proj_bias (3 D,); out_proj a Linear(D -> D); out like x;
-               inside, q, k, v, y are (N, heads, T, d) and s, p are (N, heads, T, T)
+               inside, q, k, v, y are (N heads, T, d) and s, p are (N heads, T, T)
     Backward:  dy = out_proj.backward(dout), cut into heads;
                y = p v:               dv = p^T dy,  dp = dy v^T
                p = softmax(s):        ds = p (dp - sum_u dp p); zero where masked, since p is
@@ -75,13 +75,13 @@ class SelfAttention(Layer):
         if x.dim() < 2 or x.shape[-1] != self.embed_dim:
             problem = f"x must be (..., T, {self.embed_dim}), got shape {tuple(x.shape)}"
             raise self.error(ShapeError, "forward", problem)
-        q, k, v = self._split(linear(x, self.in_proj_weight, self.in_proj_bias), 3)  # (N, heads, T, d) each
+        q, k, v = self._split(linear(x, self.in_proj_weight, self.in_proj_bias), 3)  # (N heads, T, d) each
         q = q / math.sqrt(q.shape[-1])
-        s = q @ k.transpose(-2, -1)  # (N, heads, T, T)
+        s = q.bmm(k.mT)  # (N heads, T, T)
         if self.causal:
-            s = s.masked_fill_(torch.ones_like(s[0, 0], dtype=torch.bool).triu(1) if s.numel() else s > 0, -math.inf)
+            s = s.masked_fill_(torch.ones_like(s[0], dtype=torch.bool).triu(1) if s.numel() else s > 0, -math.inf)
         p = torch.softmax(s, -1)
-        y = self._merge(p @ v).view(x.shape)
+        y = self._merge(p.bmm(v)).view(x.shape)
         out: Tensor = self.out_proj.forward(y)
         self.push(x, q, k, v, p, self.in_proj_weight, out=out)
         return out
@@ -91,14 +91,14 @@ class SelfAttention(Layer):
         dy: Any = self.out_proj.backward(dout)
         (dy,) = self._split(dy, 1)
         # y = p v
-        dv = p.transpose(-2, -1) @ dy
-        dp = dy @ v.transpose(-2, -1)
+        dv = p.mT.bmm(dy)
+        dp = dy.bmm(v.mT)
         # p = softmax(s)
         dp.mul_(p)
         ds = dp.addcmul_(p, dp.sum(-1, keepdim=True), value=-1)
         # s = q k^T, with 1/sqrt(d) already in q
-        dq = (ds @ k).div_(math.sqrt(q.shape[-1]))
-        dk = ds.transpose(-2, -1) @ q
+        dq = ds.bmm(k).div_(math.sqrt(q.shape[-1]))
+        dk = ds.mT.bmm(q)
         # (q, k, v) = x @ in_proj_weight.T + in_proj_bias
         dqkv = self._merge(dq, dk, dv)  # (N T, 3 D)
         self.add_grad(in_proj_weight, dqkv.t() @ x.reshape(-1, self.embed_dim))
@@ -107,14 +107,17 @@ class SelfAttention(Layer):
         return (dqkv @ in_proj_weight).view(x.shape) if need_dx else None
 
     def _split(self, x: Tensor, parts: int) -> tuple[Tensor, ...]:
-        """(..., T, parts D) into `parts` tensors (N, heads, T, d)."""
+        """(..., T, parts D) into `parts` tensors (N heads, T, d), each in one piece, as products of matrices want it."""
         N, T, d = math.prod(x.shape[:-2]), x.shape[-2], self.embed_dim // self.num_heads
-        return x.reshape(N, T, parts, self.num_heads, d).permute(2, 0, 3, 1, 4).unbind(0)
+        by_head = x.reshape(N, T, parts, self.num_heads, d).permute(2, 0, 3, 1, 4)
+        return by_head.reshape(parts, N * self.num_heads, T, d).unbind()
 
     def _merge(self, *parts: Tensor) -> Tensor:
         """Undo `_split`, with the leading dimensions as one: (N T, parts D)."""
-        N, heads, T, d = parts[0].shape
-        return torch.stack(parts).permute(1, 3, 0, 2, 4).reshape(N * T, len(parts) * heads * d)
+        rows, T, d = parts[0].shape
+        N = rows // self.num_heads
+        by_step = [p.view(N, self.num_heads, T, d).transpose(1, 2) for p in parts]  # (N, T, heads, d)
+        return torch.stack(by_step, 2).view(N * T, len(parts) * self.embed_dim)
 
     def extra_repr(self) -> str:
         causal = ", causal=True" if self.causal else ""
