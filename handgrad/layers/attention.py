@@ -107,7 +107,7 @@ class SelfAttention(Layer):
         return (dqkv @ in_proj_weight).view(x.shape) if need_dx else None
 
     def _split(self, x: Tensor, parts: int) -> tuple[Tensor, ...]:
-        """(..., T, parts D) into `parts` tensors (N heads, T, d), each in one piece, as products of matrices want it."""
+        """(..., T, parts D) into `parts` tensors (N heads, T, d), each in one piece, as matrix products want it."""
         N, T, d = math.prod(x.shape[:-2]), x.shape[-2], self.embed_dim // self.num_heads
         by_head = x.reshape(N, T, parts, self.num_heads, d).permute(2, 0, 3, 1, 4)
         return by_head.reshape(parts, N * self.num_heads, T, d).unbind()

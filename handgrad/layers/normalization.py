@@ -64,7 +64,7 @@ class LayerNorm(Layer):
     def backward(self, dout: Tensor, need_dx: bool = True) -> Tensor | None:
         x, mean, rstd, weight = self.pop(dout)
         rows = [_rows(t, self.normalized_shape) for t in (dout, x)]
-        columns, shares = (mean.reshape(-1, 1), rstd.reshape(-1, 1)), _shares(weight)
+        columns, (flat, shares) = (mean.reshape(-1, 1), rstd.reshape(-1, 1)), _flat(weight)
         dweights, dbiases = [], []
 
         def formula(
@@ -78,10 +78,9 @@ class LayerNorm(Layer):
             if not need_dx:
                 return xhat
             # xhat = (x - mean) rstd; dx takes the memory of xhat
-            through_var, through_mean = _average(product, shares), _average(d, shares)  # avg(dxhat xhat) and avg(dxhat)
-            dxhat = d if weight is None else torch.mul(d, weight.reshape(-1), out=product)
-            xhat.mul_(through_var).add_(through_mean)
-            return torch.sub(dxhat, xhat, out=xhat).mul_(rstd)
+            through_var, through_mean = _average(product, shares), _average(d, shares)  # -avg(dxhat xhat), -avg(dxhat)
+            dx = xhat.mul_(through_var).add_(through_mean)
+            return (dx.add_(d) if flat is None else dx.addcmul_(d, flat)).mul_(rstd)
 
         dx = blockwise(formula, *rows, *columns, scratch=1)
         if weight is not None:
@@ -141,7 +140,7 @@ class RMSNorm(Layer):
 
     def backward(self, dout: Tensor, need_dx: bool = True) -> Tensor | None:
         x, rstd, weight = self.pop(dout)
-        rows, shares = [_rows(t, self.normalized_shape) for t in (dout, x)], _shares(weight)
+        rows, (flat, shares) = [_rows(t, self.normalized_shape) for t in (dout, x)], _flat(weight)
         dweights = []
 
         def formula(d: Tensor, x: Tensor, rstd: Tensor, dx: Tensor | None, product: Tensor | None) -> Tensor:
@@ -152,9 +151,8 @@ class RMSNorm(Layer):
             if not need_dx:
                 return xhat
             # xhat = x rstd; dx takes the memory of xhat
-            through_rstd = _average(product, shares)  # avg(dxhat xhat)
-            dxhat = d if weight is None else torch.mul(d, weight.reshape(-1), out=product)
-            return torch.sub(dxhat, xhat.mul_(through_rstd), out=xhat).mul_(rstd)
+            dx = xhat.mul_(_average(product, shares))  # -avg(dxhat xhat) xhat
+            return (dx.add_(d) if flat is None else dx.addcmul_(d, flat)).mul_(rstd)
 
         dx = blockwise(formula, *rows, rstd.reshape(-1, 1), scratch=1)
         if weight is not None:
@@ -186,14 +184,14 @@ def _rows(x: Tensor, shape: tuple[int, ...]) -> Tensor:
     return x.reshape(-1, math.prod(shape))
 
 
-def _shares(weight: Tensor | None) -> Tensor | None:
-    """Weight / n as a column: what each value of a row counts in the row's average of products with weight."""
-    return None if weight is None else weight.reshape(-1, 1) / weight.numel()
+def _flat(weight: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """Weight as a row, and -weight/n as a column: what a value counts in its row's average of products with weight."""
+    return (None, None) if weight is None else (weight.reshape(-1), weight.reshape(-1, 1) / -weight.numel())
 
 
 def _average(rows: Tensor, shares: Tensor | None) -> Tensor:
-    """The mean over each row, times the weights if there are any, as a column."""
-    return rows.mean(1, keepdim=True) if shares is None else rows @ shares
+    """Minus the mean over each row, times the weights if there are any, as a column."""
+    return rows.mean(1, keepdim=True).neg_() if shares is None else rows @ shares
 
 
 def _sizes(shape: tuple[int, ...]) -> str:

@@ -25,7 +25,7 @@ class CrossEntropy(Loss):
                that multiplies -logp in loss[n]: q[c] = (1 - s) w[y] [c = y] + s/C w[c],
                dx[n, k] = dloss[n] (p[n, k] sum_c q[c] - q[k])
                which for w = 1, s = 0 is the familiar dloss[n] (p - onehot(y)), dloss[n] = 1/N for the mean.
-    Recorded:  logp, the target, weight; where rows are ignored, their mask
+    Recorded:  logp, the target, weight; where rows are ignored, the mask of the others
     Raises:    ShapeError; DtypeError; IndexRangeError for a target that is neither a class nor ignore_index;
                ArgumentError; StateError.
     Source:    torch.nn.CrossEntropyLoss for the semantics; makemore lecture 4 for the simplified gradient.
@@ -56,7 +56,7 @@ class CrossEntropy(Loss):
 
     def forward(self, x: Tensor, target: Tensor) -> Tensor:
         dim = self._check(x, target)
-        used = self._used(target, x.shape[dim])  # None where every row is
+        used, y = labels(self, target, x.shape[dim], self.ignore_index)
         logp = torch.log_softmax(x, dim)
         # -w[y] logp[n, y], reduced
         out = nll_loss(logp, target, self.weight, ignore_index=self.ignore_index, reduction=self.reduction)
@@ -68,46 +68,49 @@ class CrossEntropy(Loss):
             if self.reduction != "none":
                 rows = rows.sum()
             if self.reduction == "mean":
-                rows = rows / self._total(target, used)
+                rows = rows / self._total(y, used)
             out = (1 - s) * out - s / x.shape[dim] * rows
-        self.push(logp, target, self.weight, used, out=out)
+        self.push(logp, y, self.weight, used, out=out)
         return out
 
     def backward(self, dout: Tensor | None = None) -> Tensor:
-        logp, target, weight, used = self.pop(dout)
+        logp, y, weight, used = self.pop(dout)
         dim = min(logp.dim() - 1, 1)
         s, classes = self.label_smoothing, logp.shape[dim]
-        y = (target if used is None else target.where(used, 0)).unsqueeze(dim)
+        column = y.unsqueeze(dim)
         # loss[n] = -sum_c q[c] logp[n, c], so dx = p sum_c q[c] - q
         dx: Tensor = logp.exp()  # p
         if weight is not None:
-            wy = weight[y]
+            wy = weight[column]
             w = self._weighted(torch.ones_like(logp), dim) * (s / classes)
-            dx.mul_(wy * (1 - s) + w.sum(dim, keepdim=True)).sub_(w).scatter_add_(dim, y, wy * (s - 1))
+            dx.mul_(wy * (1 - s) + w.sum(dim, keepdim=True)).sub_(w).scatter_add_(dim, column, wy * (s - 1))
         else:
             if s > 0:
                 dx.sub_(s / classes)
-            dx.scatter_(dim, y, s - 1, reduce="add")
-        if used is not None:
-            dx.mul_(used.unsqueeze(dim))
+            dx.scatter_(dim, column, s - 1, reduce="add")
+        # the reduction: dx[n] = dloss[n] dx[n], with dloss[n] = dout/total, and 0 for an ignored row
+        dloss: Tensor | float | None = None if dout is None else dout
         if self.reduction == "mean":
-            total = self._total(target, used)
+            total = self._total(y, used)  # 0 where no row counts: then nothing has a gradient, whatever divides it
             if isinstance(total, Tensor):
-                dx.div_(total.masked_fill(total == 0, 1))
+                share: Tensor | float = total.to(logp.dtype).masked_fill(total == 0, 1).reciprocal()
             else:
-                dx.mul_(1 / max(total, 1))  # by a number, twice as fast as a division
-        if dout is not None:
-            dx.mul_(dout.unsqueeze(dim) if dout.dim() else dout)
-        return dx
+                share = 1 / max(total, 1)
+            dloss = share if dloss is None else dloss * share
+        if used is not None:
+            dloss = used.to(logp.dtype) if dloss is None else used * dloss
+        if isinstance(dloss, Tensor) and dloss.dim():
+            dloss = dloss.unsqueeze(dim)
+        return dx if dloss is None else dx.mul_(dloss)
 
     def _weighted(self, x: Tensor, dim: int) -> Tensor:
         return x if self.weight is None else x * self.weight.view(-1, *[1] * (x.dim() - dim - 1))
 
-    def _total(self, target: Tensor, used: Tensor | None) -> Tensor | int:
+    def _total(self, y: Tensor, used: Tensor | None) -> Tensor | int:
         """What the mean divides by: the sum of w[y] over the rows that are used."""
         if self.weight is None:
-            return target.numel() if used is None else used.sum()
-        return self.weight[target if used is None else target[used]].sum()
+            return y.numel() if used is None else used.sum()
+        return self.weight[y if used is None else y[used]].sum()
 
     def _check(self, x: Tensor, target: Tensor) -> int:
         """Check both inputs; the dimension of x that holds the classes."""
@@ -126,28 +129,30 @@ class CrossEntropy(Loss):
             raise self.error(ShapeError, "forward", problem)
         return dim
 
-    def _used(self, target: Tensor, classes: int) -> Tensor | None:
-        """Which rows are not ignored, or None for all of them; labels that are no class are refused.
-
-        The range check already tells whether a row can be ignored, so the usual batch goes without masks. A compiled
-        graph cannot look at values and always takes the mask.
-        """
-        if is_compiling():
-            return target != self.ignore_index
-        if target.numel() == 0:
-            return None
-        low, high = (limit.item() for limit in target.aminmax())
-        if low >= 0 and high < classes and not low <= self.ignore_index <= high:
-            return None
-        used = target != self.ignore_index
-        wrong = target[used & ((target < 0) | (target >= classes))]
-        if wrong.numel():
-            problem = f"targets must be in 0..{classes - 1} or ignore_index={self.ignore_index}, got {int(wrong[0])}"
-            raise self.error(IndexRangeError, "forward", problem)
-        return used
-
     def extra_repr(self) -> str:
         changes = [] if self.weight is None else [f"weight of {self.weight.shape[0]} classes"]
         defaults = {"ignore_index": -100, "label_smoothing": 0.0, "reduction": "mean"}
         changes += [f"{k}={getattr(self, k)!r}" for k, default in defaults.items() if getattr(self, k) != default]
         return ", ".join(changes)
+
+
+def labels(loss: Loss, target: Tensor, classes: int, ignore_index: int) -> tuple[Tensor | None, Tensor]:
+    """Which rows are not ignored, None for all of them, and the labels, with 0 for those of ignored rows.
+
+    Raises IndexRangeError for a label that is no class. The range check already tells whether a row can be ignored, so
+    the usual batch goes without masks. A compiled graph cannot look at values and always takes the mask.
+    """
+    if not is_compiling():
+        if target.numel() == 0:
+            return None, target
+        low, high = (limit.item() for limit in target.aminmax())
+        if low >= 0 and high < classes and not low <= ignore_index <= high:
+            return None, target
+    used = target != ignore_index
+    y = target.where(used, 0)
+    if not is_compiling():
+        low, high = (int(limit) for limit in y.aminmax())
+        if low < 0 or high >= classes:
+            wanted = f"targets must be in 0..{classes - 1} or ignore_index={ignore_index}"
+            raise loss.error(IndexRangeError, "forward", f"{wanted}, got {low if low < 0 else high}")
+    return used, y

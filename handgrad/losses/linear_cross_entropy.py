@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from handgrad.errors import ArgumentError, DtypeError, IndexRangeError, ShapeError
+from handgrad.errors import ArgumentError, DtypeError, ShapeError
 from handgrad.layers.linear import Linear
+from handgrad.losses.cross_entropy import labels
 from handgrad.losses.loss import Loss
 
 
@@ -65,9 +66,8 @@ class LinearCrossEntropy(Loss):
     def forward(self, x: Tensor, target: Tensor) -> Tensor:
         self._check(x, target)
         weight, bias = self.linear.weight, self.linear.bias
-        rows, y = x.reshape(-1, x.shape[-1]), target.reshape(-1)
-        used = self._used(y)  # None where every row is
-        y = y if used is None else y.where(used, 0)
+        rows = x.reshape(-1, x.shape[-1])
+        used, y = labels(self, target.reshape(-1), self.linear.out_features, self.ignore_index)
         tops, logs, losses = [], [], []
         for a, b in self._chunks(len(y)):
             z = linear(rows[a:b], weight, bias)  # (chunk, V)
@@ -126,21 +126,6 @@ class LinearCrossEntropy(Loss):
         if x.dim() == 0 or x.shape[-1] != D or target.shape != x.shape[:-1]:
             problem = f"x must be (..., {D}) and target (...), got {tuple(x.shape)} and {tuple(target.shape)}"
             raise self.error(ShapeError, "forward", problem)
-
-    def _used(self, y: Tensor) -> Tensor | None:
-        """Which rows are not ignored, or None for all of them; labels that are no class are refused."""
-        V, used = self.linear.out_features, None
-        if torch.compiler.is_compiling():
-            return y != self.ignore_index
-        low, high = (int(limit) for limit in y.aminmax()) if len(y) else (0, 0)
-        if low <= self.ignore_index <= high:
-            used = y != self.ignore_index
-        if low < 0 or high >= V:
-            wrong = y[(y != self.ignore_index) & ((y < 0) | (y >= V))]
-            if len(wrong):
-                problem = f"targets must be in 0..{V - 1} or ignore_index={self.ignore_index}, got {int(wrong[0])}"
-                raise self.error(IndexRangeError, "forward", problem)
-        return used
 
     def extra_repr(self) -> str:
         changes = [self.linear.extra_repr() if self.linear.bias is None else f"{self.linear.extra_repr()}, bias=True"]

@@ -1,4 +1,4 @@
-"""Dropout against torch.nn under the same seed, its modes, and its share of zeros."""
+"""Dropout against torch.nn where both keep an element, its modes, and its share of zeros."""
 
 from __future__ import annotations
 
@@ -12,17 +12,19 @@ from tests.reference import draw
 @pytest.mark.parametrize("p", [0.0, 0.2, 0.5, 0.9, 1.0])
 @pytest.mark.parametrize("shape", [(3, 4), (), (0, 2), (2, 3, 4)])
 @pytest.mark.parametrize("training", [True, False])
-def test_the_same_seed_gives_torchs_output_and_gradient(p, shape, training):
+def test_torchs_output_and_gradient_where_both_keep_an_element(p, shape, training):
     x, dout = draw(*shape), draw(*shape)
     leaf = x.clone().requires_grad_()
     layer, reference = Dropout(p).train(training), torch.nn.Dropout(p).train(training)
-    torch.manual_seed(3)
     truth = reference(leaf)
     truth.backward(dout)
-    torch.manual_seed(3)
-    assert torch.equal(layer(x), truth.detach())
-    torch.randn(5)  # what is drawn in between changes nothing
-    torch.testing.assert_close(layer.backward(dout), leaf.grad, rtol=1e-12, atol=0)
+    out, dx = layer(x), layer.backward(dout)
+    kept, both = out != 0, (out != 0) & (truth != 0)
+    torch.testing.assert_close(out[both], truth.detach()[both], rtol=1e-12, atol=0)
+    torch.testing.assert_close(dx[both], leaf.grad[both], rtol=1e-12, atol=0)
+    assert torch.equal(dx != 0, kept & (dout != 0))
+    if p in (0, 1) or not training:
+        assert torch.equal(kept, truth != 0)
 
 
 def test_each_backward_uses_the_mask_of_its_own_forward():
@@ -51,10 +53,20 @@ def test_the_generator_decides_alone():
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_share_and_scale():
-    out = Dropout(0.3, generator=torch.Generator().manual_seed(0))(torch.ones(20000))
-    assert abs((out == 0).float().mean() - 0.3) < 0.015
-    assert set(out.unique().tolist()) == {0.0, torch.ones(1).div(0.7).item()}
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("p", [0.001, 0.3, 0.5, 0.9])
+def test_share_and_scale(p, dtype):
+    n = 1_000_000
+    out = Dropout(p, generator=torch.Generator().manual_seed(0))(torch.ones(n, dtype=dtype))
+    assert abs(int((out == 0).sum()) - p * n) < 4 * (n * p * (1 - p)) ** 0.5  # four deviations
+    assert set(out.unique().tolist()) == {0.0, torch.tensor(1 / (1 - p), dtype=dtype).item()}
+
+
+def test_elements_are_drawn_by_themselves():
+    out = Dropout(0.5, generator=torch.Generator().manual_seed(0))(torch.ones(1000, 1000))
+    kept = (out != 0).to(torch.float64)
+    for one, next_to_it in ((kept[:, :-1], kept[:, 1:]), (kept[:-1], kept[1:])):
+        assert abs((one * next_to_it).mean() - 0.25) < 4 * (0.25 * 0.75 / 1e6) ** 0.5 * 2
 
 
 @pytest.mark.parametrize("p", [-0.1, 1.1, float("nan")])
