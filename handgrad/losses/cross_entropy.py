@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.compiler import is_compiling
 from torch.nn.functional import nll_loss
 
-from handgrad.errors import ArgumentError, DtypeError, IndexRangeError, ShapeError
+from handgrad.errors import ArgumentError, DtypeError, ShapeError
 from handgrad.layer import buffer
-from handgrad.losses.loss import Loss
+from handgrad.losses.loss import Loss, labels
 
 
 class CrossEntropy(Loss):
@@ -134,25 +133,3 @@ class CrossEntropy(Loss):
         defaults = {"ignore_index": -100, "label_smoothing": 0.0, "reduction": "mean"}
         changes += [f"{k}={getattr(self, k)!r}" for k, default in defaults.items() if getattr(self, k) != default]
         return ", ".join(changes)
-
-
-def labels(loss: Loss, target: Tensor, classes: int, ignore_index: int) -> tuple[Tensor | None, Tensor]:
-    """Which rows are not ignored, None for all of them, and the labels, with 0 for those of ignored rows.
-
-    Raises IndexRangeError for a label that is no class. The range check already tells whether a row can be ignored, so
-    the usual batch goes without masks. A compiled graph cannot look at values and always takes the mask.
-    """
-    if not is_compiling():
-        if target.numel() == 0:
-            return None, target
-        low, high = (limit.item() for limit in target.aminmax())
-        if low >= 0 and high < classes and not low <= ignore_index <= high:
-            return None, target
-    used = target != ignore_index
-    y = target.where(used, 0)
-    if not is_compiling():
-        low, high = (int(limit) for limit in y.aminmax())
-        if low < 0 or high >= classes:
-            wanted = f"targets must be in 0..{classes - 1} or ignore_index={ignore_index}"
-            raise loss.error(IndexRangeError, "forward", f"{wanted}, got {low if low < 0 else high}")
-    return used, y

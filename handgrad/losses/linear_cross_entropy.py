@@ -10,8 +10,7 @@ from torch.nn.functional import linear
 
 from handgrad.errors import ArgumentError, DtypeError, ShapeError
 from handgrad.layers.linear import Linear
-from handgrad.losses.cross_entropy import labels
-from handgrad.losses.loss import Loss
+from handgrad.losses.loss import Loss, labels
 
 
 class LinearCrossEntropy(Loss):
