@@ -261,7 +261,7 @@ from handgrad import MSE, SGD, Linear, Sequential, Tanh, TrainStep
 torch.set_num_threads(1)
 model = Sequential(Linear(512, 512), Tanh(), Linear(512, 512), Tanh())
 step = TrainStep(model, MSE(), SGD(model.parameters(), lr=0.1), keep_memory=sys.argv[1] == "True")
-x = torch.randn(40_000, 512)  # 80 MB: malloc by itself gives as much back to the system at once
+x = torch.randn(20_000, 512)  # 40 MB: malloc by itself gives as much back to the system at once
 for _ in range(3):
     step(x, x)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

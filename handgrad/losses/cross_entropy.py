@@ -88,7 +88,7 @@ class CrossEntropy(Loss):
                 dx.sub_(s / classes)
             dx.scatter_(dim, column, s - 1, reduce="add")
         # the reduction: dx[n] = dloss[n] dx[n], with dloss[n] = dout/total, and 0 for an ignored row
-        dloss: Tensor | float | None = None if dout is None else dout
+        dloss: Tensor | float | None = dout
         if self.reduction == "mean":
             total = self._total(y, used)  # 0 where no row counts: then nothing has a gradient, whatever divides it
             if isinstance(total, Tensor):

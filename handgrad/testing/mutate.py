@@ -284,7 +284,10 @@ def _documentation(node: ast.AST, tree: ast.AST) -> bool:
     """Whether a node belongs to the signature, a docstring or an annotation, none of which is run."""
     if not isinstance(tree, ast.FunctionDef):
         return True
-    outside: list[ast.AST] = [tree.args, *tree.decorator_list, *([tree.returns] if tree.returns else [])]
+    outside: list[ast.AST] = []
+    for function in ast.walk(tree):  # this one, and those inside it
+        if isinstance(function, ast.FunctionDef):
+            outside += [function.args, *function.decorator_list, *([function.returns] if function.returns else [])]
     first = tree.body[0]
     if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant) and isinstance(first.value.value, str):
         outside.append(first)

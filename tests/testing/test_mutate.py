@@ -38,7 +38,11 @@ class Double(Base):
     def backward(self, dout: Tensor) -> Tensor:
         factor: Tensor = super().factor()
         self.pop(dout)
-        return dout * factor
+
+        def formula(d: Tensor | None) -> Tensor | None:
+            return d * factor
+
+        return formula(dout)
 """
 CASES = """
 from types import SimpleNamespace
@@ -70,6 +74,11 @@ def test_a_rebuilt_function_works_as_before(doubling):
     doubling.Double.backward = mutate.build(tree, doubling.Double, doubling)
     cases = mutate.load_cases(str(inspect.getfile(doubling)).replace("doubling.py", "cases.py"))
     assert cases["Double"].run().properties[0].examples > 0
+
+
+def test_nothing_that_is_not_run_is_mutated(doubling):
+    """No annotation, of the function or of one inside it; every mutant computes something else."""
+    assert not [mutant.key for mutant in mutate.mutants(doubling) if "None" in mutant.key]
 
 
 def test_what_was_judged_before_an_interrupt_is_in_the_file(doubling, tmp_path, monkeypatch, capsys):
