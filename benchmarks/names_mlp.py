@@ -115,6 +115,47 @@ def handgrad(task: Task, compiled: bool = False, many: bool = False, chunk: int 
     return Contender(follow, run, STEPS if many else 1)
 
 
+def one_function(task: Task) -> Contender:
+    """The operations of handgrad's eager step in one function: what remains without layers, records and checks."""
+    (x, y), generator, n = task.tensors(), torch.Generator().manual_seed(0), task.batch
+    E, W1, b1, gain, shift, W2, b2 = parameters = [torch.from_numpy(w.copy()) for w in task.weights.values()]
+    running_mean, running_var, count = torch.zeros(task.hidden), torch.ones(task.hidden), torch.tensor(0)
+
+    def step(rows: Tensor) -> None:
+        xb, yb = x[rows], y[rows]
+        e = F.embedding(xb, E).flatten(1)
+        h = F.linear(e, W1, b1)
+        count.add_(1)
+        bn, mean, rstd = torch.native_batch_norm(h, gain, shift, running_mean, running_var, True, MOMENTUM, EPS)
+        t = torch.tanh(bn)
+        logits = F.linear(t, W2, b2)
+        low, high = (limit.item() for limit in yb.aminmax())
+        if low < 0 or high >= VOCABULARY:
+            raise IndexError("a target that is no class")
+        logp = torch.log_softmax(logits, 1)
+        F.nll_loss(logp, yb)
+
+        dlogits = logp.exp()
+        dlogits.scatter_(1, yb.unsqueeze(1), -1, reduce="add").mul_(1 / n)
+        dW2, db2, dt = dlogits.t().mm(t), dlogits.sum(0), dlogits.mm(W2)
+        dbn = torch.addcmul(dt, dt, t * t, value=-1)
+        diff = h - mean
+        dshift, dgain = dbn.sum(0), (dbn * diff).sum(0).mul_(rstd)
+        through_both = torch.addcmul(dshift, diff, dgain * rstd, out=diff)
+        dh = torch.sub(dbn, through_both, alpha=1 / n, out=diff).mul_(rstd * gain)
+        dW1, db1, de = dh.t().mm(e), dh.sum(0), dh.mm(W1)
+        dE = torch.zeros_like(E)
+        dE.index_add_(0, xb.view(-1), de.view(-1, EMBEDDING))
+        torch._foreach_add_(parameters, [dE, dW1, db1, dgain, dshift, dW2, db2], alpha=-LR)
+
+    def follow(rows: np.ndarray) -> Weights:
+        for row in torch.from_numpy(rows):
+            step(row)
+        return {name: p.numpy().copy() for name, p in zip(task.weights, parameters)}
+
+    return Contender(follow, lambda: step(torch.randint(ROWS, (n,), generator=generator)))
+
+
 def autograd(task: Task, compiled: bool = False, **options: Any) -> Contender:
     """torch.nn, cross_entropy and torch.optim.SGD, as most people would write it."""
     h = task.hidden
@@ -345,6 +386,7 @@ def contenders(task: Task, wide: bool) -> dict[str, Callable[[], Contender]]:
         "handgrad, compiled": lambda: handgrad(task, compiled=True),
         f"handgrad, compiled, {STEPS} steps a call": lambda: handgrad(task, compiled=True, many=True),
         f"handgrad, compiled, {STEPS} steps a graph": lambda: handgrad(task, compiled=True, many=True, chunk=STEPS),
+        "the same operations, no layers": lambda: one_function(task),
         "torch.nn, autograd, SGD": lambda: autograd(task),
         "torch.nn, autograd, SGD(foreach=True)": lambda: autograd(task, foreach=True),
         "torch.nn, autograd, SGD(fused=True)": lambda: autograd(task, fused=True),

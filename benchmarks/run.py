@@ -25,6 +25,8 @@ from names_mlp import chart  # noqa: E402
 
 from handgrad.bench.report import bytes_text, seconds_text  # noqa: E402
 
+WIDE = ("Linear", "BatchNorm1d", "Tanh", "CrossEntropy", "Embedding", "Flatten")  # the layers of the names MLP
+
 
 def script(name: str, *arguments: str) -> list[str]:
     """The command that runs a script of this directory."""
@@ -43,6 +45,7 @@ def markdown(results: Path) -> str:
         ("names_mlp", steps),
         ("wide_1", steps),
         ("wide_2", steps),
+        ("wide_layers", halves),
         ("memory", memory),
     ):
         path = results / f"{name}.json"
@@ -75,13 +78,30 @@ def layers(data: dict[str, Any]) -> tuple[str, Sequence[Sequence[str]], list[str
             bytes_text(last[who][what]) for what in ("recorded_bytes", "peak_bytes") for who in ("handgrad", "autograd")
         ]
         rows.append([name, *cells, *kept])
-    logs = [math.log(r["by"]["autograd"]["ratio"]["both"][0]) for r in results]
-    mean = math.exp(sum(logs) / len(logs))
+    every = [(r["layer"], math.log(r["by"]["autograd"]["ratio"]["both"][0])) for r in results]
+    mean, of_model = (
+        math.exp(sum(logs) / len(logs))
+        for logs in ([log for _, log in every], [log for name, log in every if name in WIDE] or [0.0])
+    )
     notes = [
         "Autograd's time over ours, forward and backward, one thread, float32: above 1 handgrad is faster, = means no",
-        f"difference beyond the noise. Geometric mean {mean:.2f}. Memory at the largest size.",
+        f"difference beyond the noise. Geometric mean {mean:.2f}; of {', '.join(WIDE)} {of_model:.2f}.",
+        "Memory at the largest size.",
     ]
     return "Layers against autograd", rows, notes
+
+
+def halves(data: dict[str, Any]) -> tuple[str, Sequence[Sequence[str]], list[str]]:
+    """A row a layer: forward and backward by themselves."""
+    rows = [["layer", "forward: ours", "autograd's", "ratio", "backward: ours", "autograd's", "ratio"]]
+    for r in data["results"]:
+        ours, theirs = r["by"]["handgrad"], r["by"]["autograd"]
+        cells = []
+        for half in ("forward", "backward"):
+            cells += [seconds_text(ours[half]), seconds_text(theirs[half]), f"{theirs['ratio'][half][0]:.2f}"]
+        rows.append([r["layer"], *cells])
+    n, d = data["results"][0]["size"]
+    return f"Where the wide step's time goes: its layers at {n}x{d}", rows, ["One thread; autograd's time over ours."]
 
 
 def steps(data: dict[str, Any]) -> tuple[str, Sequence[Sequence[str]], list[str]]:
@@ -128,12 +148,16 @@ def main() -> None:
             "--plot",
             str(out / "layers.png"),
         ]
+        wide = ["--sizes", "1024x1024", "--seconds", "0.05" if args.quick else "2"]
+        for name in WIDE:
+            wide += ["--layer", name]
         turns = "2" if args.quick else "60"
         commands = [
             [*bench, "--seconds", "0.05" if args.quick else "1", *(["--sizes", "32x64"] if args.quick else [])],
             script("names_mlp.py", "--seconds", turns, "--json", str(out / "names_mlp.json")),
             script("names_mlp.py", "--wide", "--seconds", turns, "--json", str(out / "wide_1.json")),
             script("names_mlp.py", "--wide", "--threads", "2", "--seconds", turns, "--json", str(out / "wide_2.json")),
+            [*bench[:3], *wide, "--json", str(out / "wide_layers.json")],
             script("memory.py", "--json", str(out / "memory.json")),
             script("models.py", "--seconds", "1" if args.quick else "20", "--json", str(out / "models.json")),
         ]

@@ -26,7 +26,7 @@ from handgrad.testing.sensitivity import plant
 from handgrad.testing.strategies import samples
 
 # Examples of each property at hypothesis' default of max_examples=100; profiles scale them.
-EXAMPLES = {"gradients": 60, "edges": 25, "special": 30, "dtypes": 25, "layouts": 10, "plumbing": 5}
+EXAMPLES = {"gradients": 60, "edges": 25, "special": 30, "dtypes": 25, "layouts": 6, "plumbing": 5}
 OTHERS = 15
 PHASES = (Phase.explicit, Phase.generate, Phase.shrink)  # of those that the profile has
 KEPT = 12  # samples of a property that the planted faults are tried on
