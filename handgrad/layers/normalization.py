@@ -79,8 +79,9 @@ class LayerNorm(Layer):
                 return xhat
             # xhat = (x - mean) rstd; dx takes the memory of xhat
             through_var, through_mean = _average(product, shares), _average(d, shares)  # -avg(dxhat xhat), -avg(dxhat)
-            dx = xhat.mul_(through_var).add_(through_mean)
-            return (dx.add_(d) if flat is None else dx.addcmul_(d, flat)).mul_(rstd)
+            dxhat = d if flat is None else torch.mul(d, flat, out=product)
+            # (a product rounded by itself: where n = 1 it cancels with its mean to an exact 0)
+            return xhat.mul_(through_var).add_(through_mean).add_(dxhat).mul_(rstd)
 
         dx = blockwise(formula, *rows, *columns, scratch=1)
         if weight is not None:

@@ -185,14 +185,14 @@ faults(
     hg.LayerNorm,
     ("the path through the mean forgotten", ".add_(through_mean)", ""),
     ("the path through the variance forgotten", "xhat.mul_(through_var)", "xhat.mul_(0)"),
-    ("weight forgotten in dx", "dx.addcmul_(d, flat)", "dx.add_(d)"),
+    ("weight forgotten in dx", "torch.mul(d, flat, out=product)", "d"),
     ("dweight of x, not of xhat", "torch.mul(d, xhat, out=product)", "torch.mul(d, x, out=product)"),
     ("dweight averaged", "product.sum(0)", "product.mean(0)"),
     ("weight forgotten in the averages", "_average(product, shares)", "_average(product, None)"),
     (
         "dx written into dout",
-        "dx.addcmul_(d, flat)).mul_(rstd)",
-        "d.copy_(dx.addcmul_(d, flat))).mul_(rstd)",
+        "xhat.mul_(through_var).add_(through_mean).add_(dxhat).mul_(rstd)",
+        "d.copy_(xhat.mul_(through_var).add_(through_mean).add_(dxhat).mul_(rstd))",
         "ownership",
     ),
 )
