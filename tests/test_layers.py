@@ -22,6 +22,7 @@ def test_every_property_of(name):
 @pytest.mark.parametrize("name", [n for n, c in CASES.items() if hasattr(inspect.getmodule(c.covers), "blockwise")])
 def test_every_property_in_pieces_of(name, monkeypatch):
     """What goes through memory in pieces does so rightly: here a piece is no more than four numbers, if not one row."""
+    monkeypatch.setattr(handgrad.layer, "WHOLE", 4)
     monkeypatch.setattr(handgrad.layer, "BLOCK", 4)
     report = CASES[name].run(skip={"sensitivity": "as above", **CASES[name].keywords.get("skip", {})}, examples=25)
     assert report.properties[0].examples > 0
