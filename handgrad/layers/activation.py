@@ -41,7 +41,7 @@ class Tanh(Layer):
         def formula(d: Tensor, o: Tensor, dx: Tensor | None) -> Tensor:
             # out = tanh(x)
             square = torch.mul(o, o, out=dx)
-            return torch.addcmul(d, d, square, value=-1, out=dx)
+            return torch.addcmul(d, d, square, value=-1, out=square)
 
         return blockwise(formula, dout, out)
 
