@@ -14,6 +14,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import geometric_mean
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
@@ -25,7 +26,7 @@ from names_mlp import chart  # noqa: E402
 
 from handgrad.bench.report import bytes_text, seconds_text  # noqa: E402
 
-WIDE = ("Linear", "BatchNorm1d", "Tanh", "CrossEntropy", "Embedding", "Flatten")  # the layers of the names MLP
+OF_THE_MLP = ("Linear", "BatchNorm1d", "Tanh", "CrossEntropy", "Embedding", "Flatten")
 
 
 def script(name: str, *arguments: str) -> list[str]:
@@ -78,14 +79,12 @@ def layers(data: dict[str, Any]) -> tuple[str, Sequence[Sequence[str]], list[str
             bytes_text(last[who][what]) for what in ("recorded_bytes", "peak_bytes") for who in ("handgrad", "autograd")
         ]
         rows.append([name, *cells, *kept])
-    every = [(r["layer"], math.log(r["by"]["autograd"]["ratio"]["both"][0])) for r in results]
-    mean, of_model = (
-        math.exp(sum(logs) / len(logs))
-        for logs in ([log for _, log in every], [log for name, log in every if name in WIDE] or [0.0])
-    )
+    ratios = [(r["layer"], r["by"]["autograd"]["ratio"]["both"][0]) for r in results]
+    mean = geometric_mean([ratio for _, ratio in ratios])
+    of_model = geometric_mean([ratio for name, ratio in ratios if name in OF_THE_MLP])
     notes = [
         "Autograd's time over ours, forward and backward, one thread, float32: above 1 handgrad is faster, = means no",
-        f"difference beyond the noise. Geometric mean {mean:.2f}; of {', '.join(WIDE)} {of_model:.2f}.",
+        f"difference beyond the noise. Geometric mean {mean:.2f}; of {', '.join(OF_THE_MLP)} {of_model:.2f}.",
         "Memory at the largest size.",
     ]
     return "Layers against autograd", rows, notes
@@ -139,25 +138,18 @@ def main() -> None:
     out = args.results.resolve()
     out.mkdir(parents=True, exist_ok=True)
     if not args.only_report:
-        bench = [
-            sys.executable,
-            "-m",
-            "handgrad.bench",
-            "--json",
-            str(out / "layers.json"),
-            "--plot",
-            str(out / "layers.png"),
-        ]
-        wide = ["--sizes", "1024x1024", "--seconds", "0.05" if args.quick else "2"]
-        for name in WIDE:
+        bench = [sys.executable, "-m", "handgrad.bench"]
+        every = [*bench, "--json", str(out / "layers.json"), "--plot", str(out / "layers.png")]
+        wide = [*bench, "--json", str(out / "wide_layers.json"), "--sizes", "1024x1024"]
+        for name in OF_THE_MLP:
             wide += ["--layer", name]
         turns = "2" if args.quick else "60"
         commands = [
-            [*bench, "--seconds", "0.05" if args.quick else "1", *(["--sizes", "32x64"] if args.quick else [])],
+            [*every, "--seconds", "0.05" if args.quick else "1", *(["--sizes", "32x64"] if args.quick else [])],
             script("names_mlp.py", "--seconds", turns, "--json", str(out / "names_mlp.json")),
             script("names_mlp.py", "--wide", "--seconds", turns, "--json", str(out / "wide_1.json")),
             script("names_mlp.py", "--wide", "--threads", "2", "--seconds", turns, "--json", str(out / "wide_2.json")),
-            [*bench[:3], *wide, "--json", str(out / "wide_layers.json")],
+            [*wide, "--seconds", "0.05" if args.quick else "2"],
             script("memory.py", "--json", str(out / "memory.json")),
             script("models.py", "--seconds", "1" if args.quick else "20", "--json", str(out / "models.json")),
         ]

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import geometric_mean
 from typing import Any
 
 import torch
@@ -89,9 +89,9 @@ def run(
         results.append(compare(case, size, dtype, compiled=compiled, seconds=seconds))
         _progress("")
         print(lines(results[-1]), flush=True)
-    logs = [math.log(r.entries["autograd"].ratio.value) for r in results if r.entries["autograd"].ratio]
-    if logs:
-        print(f"geometric mean of autograd / handgrad: {math.exp(sum(logs) / len(logs)):.2f}")
+    ratios = [r.entries["autograd"].ratio.value for r in results if r.entries["autograd"].ratio]
+    if ratios:
+        print(f"geometric mean of autograd / handgrad: {geometric_mean(ratios):.2f}")
     return results
 
 

@@ -337,5 +337,5 @@ def _check_dim(layer: Layer, x: Tensor, dim: int) -> None:
 
 
 def _samplewise(formula: Callable[..., Tensor], dim: int, dout: Tensor, out: Tensor) -> Tensor:
-    """The formula on blocks, which must not cut the dimension that is summed over."""
+    """The formula in pieces, which must not cut the dimension that is summed over."""
     return formula(dout, out, None) if dim in (0, -dout.dim()) else blockwise(formula, dout, out)

@@ -78,7 +78,7 @@ class LayerNorm(Layer):
             if not need_dx:
                 return xhat
             # xhat = (x - mean) rstd; dx takes the memory of xhat
-            through_var, through_mean = _average(product, shares), _average(d, shares)  # -avg(dxhat xhat), -avg(dxhat)
+            through_var, through_mean = _minus_average(product, shares), _minus_average(d, shares)
             dxhat = d if flat is None else torch.mul(d, flat, out=product)
             # (a product rounded by itself: where n = 1 it cancels with its mean to an exact 0)
             return xhat.mul_(through_var).add_(through_mean).add_(dxhat).mul_(rstd)
@@ -152,7 +152,7 @@ class RMSNorm(Layer):
             if not need_dx:
                 return xhat
             # xhat = x rstd; dx takes the memory of xhat
-            dx = xhat.mul_(_average(product, shares))  # -avg(dxhat xhat) xhat
+            dx = xhat.mul_(_minus_average(product, shares))
             return (dx.add_(d) if flat is None else dx.addcmul_(d, flat)).mul_(rstd)
 
         dx = blockwise(formula, *rows, rstd.reshape(-1, 1), scratch=1)
@@ -190,7 +190,7 @@ def _flat(weight: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
     return (None, None) if weight is None else (weight.reshape(-1), weight.reshape(-1, 1) / -weight.numel())
 
 
-def _average(rows: Tensor, shares: Tensor | None) -> Tensor:
+def _minus_average(rows: Tensor, shares: Tensor | None) -> Tensor:
     """Minus the mean over each row, times the weights if there are any, as a column."""
     return rows.mean(1, keepdim=True).neg_() if shares is None else rows @ shares
 

@@ -45,7 +45,8 @@ class Sample:
 
     def floor(self, name: str) -> float:
         """The least scale that a gradient is judged by: that of the rounding where it cancels out."""
-        return max(self.scales.get(name, 0.0), self._rounded[name in self._parameters])
+        to_input, to_parameter = self._rounded
+        return max(self.scales.get(name, 0.0), to_parameter if name in self._parameters else to_input)
 
     @cached_property
     def _rounded(self) -> tuple[float, float]:

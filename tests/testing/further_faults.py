@@ -188,7 +188,7 @@ faults(
     ("weight forgotten in dx", "torch.mul(d, flat, out=product)", "d"),
     ("dweight of x, not of xhat", "torch.mul(d, xhat, out=product)", "torch.mul(d, x, out=product)"),
     ("dweight averaged", "product.sum(0)", "product.mean(0)"),
-    ("weight forgotten in the averages", "_average(product, shares)", "_average(product, None)"),
+    ("weight forgotten in the averages", "_minus_average(product, shares)", "_minus_average(product, None)"),
     (
         "dx written into dout",
         "xhat.mul_(through_var).add_(through_mean).add_(dxhat).mul_(rstd)",
@@ -198,11 +198,15 @@ faults(
 )
 faults(
     hg.RMSNorm,
-    ("the path through rstd forgotten", "xhat.mul_(_average(product, shares))", "xhat.mul_(0)"),
-    ("a mean subtracted, as in LayerNorm", "_average(product, shares)", "(_average(product, shares) - d.mean())"),
+    ("the path through rstd forgotten", "xhat.mul_(_minus_average(product, shares))", "xhat.mul_(0)"),
+    (
+        "a mean subtracted, as in LayerNorm",
+        "_minus_average(product, shares)",
+        "(_minus_average(product, shares) - d.mean())",
+    ),
     ("weight forgotten in dx", "dx.addcmul_(d, flat)", "dx.add_(d)"),
     ("dweight of x, not of xhat", "torch.mul(d, xhat, out=product)", "torch.mul(d, x, out=product)"),
-    ("weight forgotten in the average", "_average(product, shares)", "_average(product, None)"),
+    ("weight forgotten in the average", "_minus_average(product, shares)", "_minus_average(product, None)"),
     ("rstd squared", "flat)).mul_(rstd)", "flat)).mul_(rstd * rstd)"),
 )
 faults(
