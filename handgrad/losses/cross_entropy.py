@@ -8,7 +8,7 @@ from torch.nn.functional import nll_loss
 
 from handgrad.errors import ArgumentError, DtypeError, ShapeError
 from handgrad.layer import buffer
-from handgrad.losses.loss import Loss, labels
+from handgrad.losses.loss import Loss, check_labels, labels
 
 
 class CrossEntropy(Loss):
@@ -55,10 +55,16 @@ class CrossEntropy(Loss):
 
     def forward(self, x: Tensor, target: Tensor) -> Tensor:
         dim = self._check(x, target)
-        used, y = labels(self, target, x.shape[dim], self.ignore_index)
+        used, y = labels(target, self.ignore_index)
+        if x.is_cuda:
+            check_labels(self, y, x.shape[dim], self.ignore_index)  # a device reports a bad label late and fatally
         logp = torch.log_softmax(x, dim)
-        # -w[y] logp[n, y], reduced
-        out = nll_loss(logp, target, self.weight, ignore_index=self.ignore_index, reduction=self.reduction)
+        try:
+            # -w[y] logp[n, y], reduced
+            out = nll_loss(logp, target, self.weight, ignore_index=self.ignore_index, reduction=self.reduction)
+        except IndexError:
+            check_labels(self, y, x.shape[dim], self.ignore_index)
+            raise
         s = self.label_smoothing
         if s > 0:
             rows = self._weighted(logp, dim).sum(dim)
@@ -86,7 +92,7 @@ class CrossEntropy(Loss):
         else:
             if s > 0:
                 dx.sub_(s / classes)
-            dx.scatter_(dim, column, s - 1, reduce="add")
+            dx.scatter_add_(dim, column, torch.full_like(column, s - 1, dtype=dx.dtype))
         # the reduction: dx[n] = dloss[n] dx[n], with dloss[n] = dout/total, and 0 for an ignored row
         dloss: Tensor | float | None = dout
         if self.reduction == "mean":
@@ -118,12 +124,11 @@ class CrossEntropy(Loss):
             came = target.dtype if isinstance(target, Tensor) else type(target).__name__
             raise self.error(DtypeError, "forward", f"target must be an int64 tensor of class indices, got {came}")
         dim, rows = min(x.dim() - 1, 1), [*x.shape]
-        if dim >= 0:
-            del rows[dim]  # the shape without the classes
+        classes = rows.pop(dim) if rows else 0
         if dim < 0 or [*target.shape] != rows:
             problem = f"x must be (C,) or (N, C, ...) and target the same without C, got {tuple(x.shape)} and "
             raise self.error(ShapeError, "forward", problem + f"{tuple(target.shape)}")
-        if self.weight is not None and self.weight.shape[0] != x.shape[dim]:
+        if self.weight is not None and self.weight.shape[0] != classes:
             problem = f"x must have {self.weight.shape[0]} classes, one a weight, got shape {tuple(x.shape)}"
             raise self.error(ShapeError, "forward", problem)
         return dim

@@ -6,11 +6,12 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 from torch.nn.functional import linear
 
 from handgrad.errors import ArgumentError, DtypeError, ShapeError
 from handgrad.layers.linear import Linear
-from handgrad.losses.loss import Loss, labels
+from handgrad.losses.loss import Loss, check_labels, labels
 
 
 class LinearCrossEntropy(Loss):
@@ -66,7 +67,9 @@ class LinearCrossEntropy(Loss):
         self._check(x, target)
         weight, bias = self.linear.weight, self.linear.bias
         rows = x.reshape(-1, x.shape[-1])
-        used, y = labels(self, target.reshape(-1), self.linear.out_features, self.ignore_index)
+        used, y = labels(target.reshape(-1), self.ignore_index)
+        if not is_compiling():
+            check_labels(self, y, self.linear.out_features, self.ignore_index)
         tops, logs, losses = [], [], []
         for a, b in self._chunks(len(y)):
             z = linear(rows[a:b], weight, bias)  # (chunk, V)
@@ -111,7 +114,7 @@ class LinearCrossEntropy(Loss):
         self.add_grad(weight, dweight)
         if dbias is not None:
             self.add_grad(bias, dbias)
-        return None if dx is None else dx.reshape(x.shape)
+        return None if dx is None else dx.view_as(x)
 
     def _chunks(self, rows: int) -> Iterator[tuple[int, int]]:
         return ((a, min(a + self.chunk_size, rows)) for a in range(0, rows, self.chunk_size))

@@ -34,23 +34,22 @@ class Loss(Layer):
             raise self.error(ShapeError, "backward", problem)
 
 
-def labels(loss: Loss, target: Tensor, classes: int, ignore_index: int) -> tuple[Tensor | None, Tensor]:
+def labels(target: Tensor, ignore_index: int) -> tuple[Tensor | None, Tensor]:
     """Which rows are not ignored, None for all of them, and the labels, with 0 for those of ignored rows.
 
-    Raises IndexRangeError for a label that is no class. The range check already tells whether a row can be ignored, so
-    the usual batch goes without masks. A compiled graph cannot look at values and always takes the mask.
+    The usual batch, where nothing is negative and so nothing is ignored, goes without masks. A compiled graph cannot
+    look at values and always takes the mask.
     """
-    if not is_compiling():
-        if target.numel() == 0:
-            return None, target
-        low, high = (limit.item() for limit in target.aminmax())
-        if low >= 0 and high < classes and not low <= ignore_index <= high:
-            return None, target
+    if ignore_index < 0 and not is_compiling() and (target.numel() == 0 or target.min().item() >= 0):
+        return None, target
     used = target != ignore_index
-    y = target.where(used, 0)
-    if not is_compiling():
+    return used, target.where(used, 0)
+
+
+def check_labels(loss: Loss, y: Tensor, classes: int, ignore_index: int) -> None:
+    """Raise IndexRangeError unless every label is a class."""
+    if y.numel() > 0:
         low, high = (int(limit) for limit in y.aminmax())
         if low < 0 or high >= classes:
             wanted = f"targets must be in 0..{classes - 1} or ignore_index={ignore_index}"
             raise loss.error(IndexRangeError, "forward", f"{wanted}, got {low if low < 0 else high}")
-    return used, y

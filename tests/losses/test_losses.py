@@ -129,6 +129,21 @@ def test_cross_entropy_ignores_what_is_no_class(reduction, weighted, ignore_inde
     compare(CrossEntropy(weight, **options), nn.CrossEntropyLoss(weight, **options), batches)
 
 
+@pytest.mark.parametrize("shape", [(3,), (2, 3), (2, 3, 4), (2, 3, 2, 2)])
+@pytest.mark.parametrize("options", [{}, {"reduction": "none"}, {"label_smoothing": 0.2}, {"ignore_index": 1}])
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("label", [-1, 3, 1 << 40])
+def test_cross_entropy_refuses_what_is_no_class(shape, options, weighted, label):
+    """Whatever the shape; nothing is recorded, and an ignored row beside it changes nothing."""
+    loss = CrossEntropy(torch.ones(3) if weighted else None, **options)
+    x, target = draw(*shape).float(), torch.zeros(shape[:1] + shape[2:] if len(shape) > 1 else (), dtype=torch.int64)
+    for first in (0, loss.ignore_index):
+        target.view(-1)[0], target.view(-1)[-1] = first, label
+        with pytest.raises(IndexRangeError, match=rf"targets must be in 0\.\.2 or ignore_index=.*, got {label}"):
+            loss(x, target)
+    assert loss.pending == 0
+
+
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("smoothing", [0.0, 0.3])
 def test_cross_entropy_keeps_float64s_precision_beside_ignored_rows(weighted, smoothing):
