@@ -87,9 +87,9 @@ def blockwise(formula: Callable[..., Tensor], *tensors: Tensor, out: Tensor | No
     return whole
 
 
-def total(parts: list[Tensor]) -> Tensor:
-    """The sum of what the pieces gave, elementwise."""
-    return parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
+def total(parts: list[Any]) -> Any:
+    """Each piece gave a tuple of sums over its own rows: the tuple of those over all rows."""
+    return parts[0] if len(parts) == 1 else tuple([torch.stack(sums).sum(0) for sums in zip(*parts)])
 
 
 class LoadResult(NamedTuple):
@@ -201,7 +201,13 @@ class Layer:
         records = self._records
         if records:
             self._refuse_stale(records[0])
-        records.append((saved, _versions(saved), _spec(out)))
+        versions = []
+        if not is_compiling():  # a compiled graph has no count of changes, nor has a tensor of torch.inference_mode()
+            for t in saved:
+                if isinstance(t, Tensor) and not t.is_inference():
+                    versions.append((t, t._version))
+        spec = (out.shape, out.dtype) if isinstance(out, Tensor) else _spec(out)
+        records.append((saved, versions, spec))
 
     def pop(self, dout: Any) -> tuple[Any, ...]:
         """Check dout against the latest forward that has had no backward, and hand back what that forward saved.
@@ -404,16 +410,6 @@ class Layer:
 
 def _spec(out: Any) -> Spec:
     return (out.shape, out.dtype) if isinstance(out, Tensor) else [_spec(o) for o in out]
-
-
-def _versions(saved: tuple[Any, ...]) -> list[tuple[Tensor, int]]:
-    """How often each tensor has been changed in place; nothing in a compiled graph, which has no such count."""
-    if is_compiling():
-        return []
-    try:
-        return [(t, t._version) for t in saved if isinstance(t, Tensor)]
-    except RuntimeError:  # tensors made under torch.inference_mode() have no such count
-        return [(t, t._version) for t in saved if isinstance(t, Tensor) and not t.is_inference()]
 
 
 def _distinct(tensors: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:

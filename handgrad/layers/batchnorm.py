@@ -98,26 +98,25 @@ class BatchNorm1d(Layer):
             mean, rstd = self.running_mean.clone(), (self.running_var + self.eps).rsqrt_()  # what the record keeps
             out = batch_norm(x, mean, self.running_var, self.weight, self.bias, eps=self.eps)
         if self.channels_last:
-            out = out.view(shape)
+            out = out.view(*shape)
         self.push(x, mean, rstd, self.weight, m, out=out)
         return out
 
     def backward(self, dout: Tensor, need_dx: bool = True) -> Tensor | None:
         x, mean, rstd, weight, m = self.pop(dout)
-        shape, dims = dout.shape, (0,) if x.dim() == 2 else (0, 2)
-        if self.channels_last:
-            dout = dout.reshape(x.shape)
-        center, douts, products = _column(mean, x), [], []
+        d = dout if dout.dim() == x.dim() else dout.reshape(*x.shape)
+        dims, center = (0, mean) if x.dim() == 2 else ((0, 2), mean.unsqueeze(1))
+        sums: list[tuple[Tensor, Tensor]] = []
 
-        def sums(d: Tensor, x: Tensor, diff: Tensor | None, product: Tensor | None) -> Tensor:
+        def statistics(d: Tensor, x: Tensor, diff: Tensor | None, product: Tensor | None) -> Tensor:
             diff = torch.sub(x, center, out=diff)
-            douts.append(d.sum(dims))
-            products.append(torch.mul(d, diff, out=product).sum(dims))
+            sums.append((d.sum(dims), torch.mul(d, diff, out=product).sum(dims)))
             return diff
 
-        diff = blockwise(sums, dout, x, scratch=1)
+        diff = blockwise(statistics, d, x, scratch=1)
         # out = diff rstd weight + bias
-        dbias, dweight = total(douts), total(products).mul_(rstd)  # (C,)
+        dbias, dweight = total(sums)  # (C,)
+        dweight.mul_(rstd)
         self.add_grad(weight, dweight)
         self.add_grad(self.bias, dbias)
         if not need_dx:
@@ -125,15 +124,17 @@ class BatchNorm1d(Layer):
         # diff = x - mean, rstd = 1/sqrt(sum diff^2 / m + eps)
         scale = _column(rstd if weight is None else rstd * weight, x)
         if m is None:
-            return torch.mul(dout, scale, out=diff).view(shape)
-        n = max(x.numel() // self.num_features, 1)
-        through_mean, through_var = _column(dbias, x), _column(dweight * rstd, x)
+            dx = torch.mul(d, scale, out=diff)
+        else:
+            n = max(x.numel() // self.num_features, 1)
+            through_mean, through_var = _column(dbias, x), _column(dweight * rstd, x)
 
-        def formula(d: Tensor, diff: Tensor, dx: Tensor) -> Tensor:
-            through_both = torch.addcmul(through_mean, diff, through_var, value=n / max(m, 1), out=dx)
-            return torch.sub(d, through_both, alpha=1 / n, out=dx).mul_(scale)
+            def formula(d: Tensor, diff: Tensor, dx: Tensor) -> Tensor:
+                through_both = torch.addcmul(through_mean, diff, through_var, value=n / max(m, 1), out=dx)
+                return torch.sub(d, through_both, alpha=1 / n, out=dx).mul_(scale)
 
-        return blockwise(formula, dout, diff, out=diff).view(shape)
+            dx = blockwise(formula, d, diff, out=diff)
+        return dx if d is dout else dx.view_as(dout)
 
     def _normalize(self, x: Tensor, k: float) -> tuple[Tensor, Tensor, Tensor]:
         """Out, mean and rstd from the batch's statistics, with k = m/n; in training, update the running ones.

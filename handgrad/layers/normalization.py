@@ -65,7 +65,7 @@ class LayerNorm(Layer):
         x, mean, rstd, weight = self.pop(dout)
         rows = [_rows(t, self.normalized_shape) for t in (dout, x)]
         columns, (flat, shares) = (mean.reshape(-1, 1), rstd.reshape(-1, 1)), _flat(weight)
-        dweights, dbiases = [], []
+        sums: list[tuple[Tensor, Tensor]] = []
 
         def formula(
             d: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, dx: Tensor | None, product: Tensor | None
@@ -73,8 +73,7 @@ class LayerNorm(Layer):
             xhat = torch.sub(x, mean, out=dx).mul_(rstd)
             # out = xhat weight + bias
             product = torch.mul(d, xhat, out=product)
-            dweights.append(product.sum(0))
-            dbiases.append(d.sum(0))
+            sums.append((product.sum(0), d.sum(0)))
             if not need_dx:
                 return xhat
             # xhat = (x - mean) rstd; dx takes the memory of xhat
@@ -84,11 +83,12 @@ class LayerNorm(Layer):
             return xhat.mul_(through_var).add_(through_mean).add_(dxhat).mul_(rstd)
 
         dx = blockwise(formula, *rows, *columns, scratch=1)
+        dweight, dbias = total(sums)
         if weight is not None:
-            self.add_grad(weight, total(dweights).view_as(weight))
+            self.add_grad(weight, dweight.view_as(weight))
         if self.bias is not None:
-            self.add_grad(self.bias, total(dbiases).view_as(self.bias))
-        return dx.view(x.shape) if need_dx else None
+            self.add_grad(self.bias, dbias.view_as(self.bias))
+        return dx.view_as(x) if need_dx else None
 
     def extra_repr(self) -> str:
         affine = (
@@ -142,13 +142,13 @@ class RMSNorm(Layer):
     def backward(self, dout: Tensor, need_dx: bool = True) -> Tensor | None:
         x, rstd, weight = self.pop(dout)
         rows, (flat, shares) = [_rows(t, self.normalized_shape) for t in (dout, x)], _flat(weight)
-        dweights = []
+        sums: list[tuple[Tensor]] = []
 
         def formula(d: Tensor, x: Tensor, rstd: Tensor, dx: Tensor | None, product: Tensor | None) -> Tensor:
             xhat = torch.mul(x, rstd, out=dx)
             # out = xhat weight
             product = torch.mul(d, xhat, out=product)
-            dweights.append(product.sum(0))
+            sums.append((product.sum(0),))
             if not need_dx:
                 return xhat
             # xhat = x rstd; dx takes the memory of xhat
@@ -156,9 +156,10 @@ class RMSNorm(Layer):
             return (dx.add_(d) if flat is None else dx.addcmul_(d, flat)).mul_(rstd)
 
         dx = blockwise(formula, *rows, rstd.reshape(-1, 1), scratch=1)
+        (dweight,) = total(sums)
         if weight is not None:
-            self.add_grad(weight, total(dweights).view_as(weight))
-        return dx.view(x.shape) if need_dx else None
+            self.add_grad(weight, dweight.view_as(weight))
+        return dx.view_as(x) if need_dx else None
 
     def extra_repr(self) -> str:
         eps = "" if self.eps is None else f", eps={self.eps}"
