@@ -181,7 +181,7 @@ class CompiledTrainStep(TrainStep):
                     return None
             if i == len(self._lrs):
                 self._lrs.append(torch.tensor(lr, dtype=torch.float64))
-            elif self._lrs[i] != lr:
+            elif self._lrs[i].item() != lr:
                 self._lrs[i].fill_(lr)
             options = {key: group[key] for key in ("momentum", "dampening", "weight_decay", "nesterov", "maximize")}
             groups.append((params, buffers, self._lrs[i], options))

@@ -81,7 +81,7 @@ class SelfAttention(Layer):
         if self.causal:
             s = s.masked_fill_(torch.ones_like(s[0], dtype=torch.bool).triu(1) if s.numel() else s > 0, -math.inf)
         p = torch.softmax(s, -1)
-        y = self._merge(p.bmm(v)).view(x.shape)
+        y = self._merge(p.bmm(v)).view_as(x)
         out: Tensor = self.out_proj.forward(y)
         self.push(x, q, k, v, p, self.in_proj_weight, out=out)
         return out
@@ -104,7 +104,7 @@ class SelfAttention(Layer):
         self.add_grad(in_proj_weight, dqkv.t() @ x.reshape(-1, self.embed_dim))
         if self.in_proj_bias is not None:
             self.add_grad(self.in_proj_bias, dqkv.sum(0))
-        return (dqkv @ in_proj_weight).view(x.shape) if need_dx else None
+        return (dqkv @ in_proj_weight).view_as(x) if need_dx else None
 
     def _split(self, x: Tensor, parts: int) -> tuple[Tensor, ...]:
         """(..., T, parts D) into `parts` tensors (N heads, T, d), each in one piece, as matrix products want it."""

@@ -36,7 +36,7 @@ class Flatten(Layer):
         except (IndexError, RuntimeError):
             problem = f"x must have dimensions {self.start_dim} to {self.end_dim} in order, got shape {tuple(x.shape)}"
             raise self.error(ShapeError, "forward", problem) from None
-        self.push(x.shape, out=out)
+        self.push([*x.shape], out=out)
         return out
 
     def backward(self, dout: Tensor) -> Tensor:
@@ -80,7 +80,7 @@ class FlattenConsecutive(Layer):
             raise self.error(ShapeError, "forward", problem)
         N, T, C = x.shape
         out = x.reshape(N, self.size * C) if self.size == T else x.reshape(N, T // self.size, self.size * C)
-        self.push(x.shape, out=out)
+        self.push([*x.shape], out=out)
         return out
 
     def backward(self, dout: Tensor) -> Tensor:

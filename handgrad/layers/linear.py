@@ -86,7 +86,10 @@ class Linear(Layer):
         self.add_grad(weight, dout2.t().mm(x2))  # (D_out, D_in)
         if self.bias is not None:
             self.add_grad(self.bias, dout2.sum(0))  # (D_out,)
-        return dout @ weight if need_dx else None  # (..., D_in)
+        if not need_dx:
+            return None
+        dx = dout2.mm(weight)  # (N, D_in)
+        return dx if x2 is x else dx.view_as(x)
 
     def extra_repr(self) -> str:
         return f"{self.in_features} -> {self.out_features}" + ("" if self.bias is not None else ", bias=False")

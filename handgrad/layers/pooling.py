@@ -57,7 +57,7 @@ class MaxPool2d(Layer):
         index, shape = self.pop(dout)
         # out[t] = x[index[t]], x flat over its last two dimensions
         dx = dout.new_zeros(*shape[:-2], shape[-2] * shape[-1])
-        return dx.scatter_add_(-1, index.flatten(-2), dout.flatten(-2)).view(shape)
+        return dx.scatter_add_(-1, index.flatten(-2), dout.flatten(-2)).view(*shape)
 
     def extra_repr(self) -> str:
         changes = "" if self.dilation == (1, 1) else f", dilation={self.dilation}"

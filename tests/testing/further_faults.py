@@ -358,7 +358,7 @@ faults(
     ("of overlapping windows the last one wins", "scatter_add_(", "scatter_("),
     ("the mean's share", "dout.flatten(-2)", "dout.flatten(-2) / 2"),
     ("the neighbour of the maximum", "index.flatten(-2)", "(index.flatten(-2) + 1) % (shape[-2] * shape[-1])"),
-    ("rows and columns exchanged", ".view(shape)", ".view(*shape[:-2], shape[-1], shape[-2]).transpose(-1, -2)"),
+    ("rows and columns exchanged", ".view(*shape)", ".view(*shape[:-2], shape[-1], shape[-2]).transpose(-1, -2)"),
     ("dout forgotten", "dout.flatten(-2)", "torch.ones_like(dout.flatten(-2))"),
     ("as if nothing overlapped with zero", "dx = dout.new_zeros(", "dx = dout.new_ones("),
 )
