@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from handgrad.errors import ArgumentError, ShapeError
-from handgrad.layer import Layer, blockwise
+from handgrad.layer import LOG2_E, Layer, blockwise
 
 
 class Tanh(Layer):
@@ -222,7 +222,7 @@ class GELU(Layer):
 
         def exact(d: Tensor, x: Tensor, dx: Tensor | None, erf: Tensor | None) -> Tensor:
             # out = x (1 + erf)/2, erf = erf(x/sqrt 2)
-            density = torch.mul(x, x, out=dx).mul_(-0.5).exp_()  # sqrt(2 pi) phi(x)
+            density = torch.mul(x, x, out=dx).mul_(-0.5 * LOG2_E).exp2_()  # sqrt(2 pi) phi(x)
             erf = torch.mul(x, math.sqrt(0.5), out=erf).erf_()
             erf.addcmul_(x, density, value=math.sqrt(2 / math.pi)).mul_(d)  # dout (erf + 2 x phi(x))
             return torch.lerp(d, erf, 0.5, out=density)  # (dout + dout (erf + 2 x phi(x)))/2
@@ -321,7 +321,7 @@ class LogSoftmax(Layer):
 
         def formula(d: Tensor, o: Tensor, dx: Tensor | None) -> Tensor:
             # out_c = x_c - log sum_k exp(x_k)
-            dx = torch.exp(o, out=dx).mul_(d.sum(self.dim, keepdim=True))
+            dx = torch.mul(o, LOG2_E, out=dx).exp2_().mul_(d.sum(self.dim, keepdim=True))
             return torch.sub(d, dx, out=dx)
 
         return _samplewise(formula, self.dim, dout, out)
