@@ -24,9 +24,8 @@ from handgrad.errors import DtypeError, HandgradError, ShapeError, StateDictErro
 
 L = TypeVar("L", bound="Layer")
 
-LOG2_E = math.log2(
-    math.e
-)  # e^x = 2^(LOG2_E x), and torch's exp2 takes a third of the time of its exp on some processors
+LOG2_E = math.log2(math.e)
+FEW = 1 << 12  # numbers below which a further call costs more than it can save
 WHOLE = 1 << 20  # numbers that are not cut in pieces: up to there the calls cost more than the trips to memory
 BLOCK = 1 << 17  # numbers in a piece: 512 KB of float32, so that three pieces are within a core's own cache
 
@@ -89,6 +88,16 @@ def blockwise(formula: Callable[..., Tensor], *tensors: Tensor, out: Tensor | No
     for piece in zip(*[torch.split(t, length) for t in (*tensors, whole)]):
         formula(*piece, *[t[: len(piece[0])] for t in spare])
     return whole
+
+
+def exp(x: Tensor, out: Tensor | None = None) -> Tensor:
+    """``e^x``; of many numbers as ``2^(LOG2_E x)``, for torch's exp2 is up to three times as fast as its exp.
+
+    The product with LOG2_E is rounded, so that a relative error of eps becomes one of (1 + |x|) eps.
+    """
+    if x.numel() < FEW or is_compiling():
+        return torch.exp(x, out=out)
+    return torch.mul(x, LOG2_E, out=out).exp2_()
 
 
 def total(parts: list[Any]) -> Any:

@@ -19,9 +19,14 @@ def test_every_property_of(name):
     assert report.properties[0].examples > 0
 
 
-@pytest.mark.parametrize("name", [n for n, c in CASES.items() if hasattr(inspect.getmodule(c.covers), "blockwise")])
-def test_every_property_in_pieces_of(name, monkeypatch):
+def takes_another_way_when_large(layer):
+    return {"blockwise", "exp"} & vars(inspect.getmodule(layer)).keys()
+
+
+@pytest.mark.parametrize("name", [n for n, c in CASES.items() if takes_another_way_when_large(c.covers)])
+def test_every_property_as_if_large_of(name, monkeypatch):
     """What goes through memory in pieces does so rightly: here a piece is no more than four numbers, if not one row."""
+    monkeypatch.setattr(handgrad.layer, "FEW", 0)
     monkeypatch.setattr(handgrad.layer, "WHOLE", 4)
     monkeypatch.setattr(handgrad.layer, "BLOCK", 4)
     report = CASES[name].run(skip={"sensitivity": "as above", **CASES[name].keywords.get("skip", {})}, examples=25)

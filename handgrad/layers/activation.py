@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from handgrad.errors import ArgumentError, ShapeError
-from handgrad.layer import LOG2_E, Layer, blockwise
+from handgrad.layer import LOG2_E, Layer, blockwise, exp
 
 
 class Tanh(Layer):
@@ -321,7 +321,7 @@ class LogSoftmax(Layer):
 
         def formula(d: Tensor, o: Tensor, dx: Tensor | None) -> Tensor:
             # out_c = x_c - log sum_k exp(x_k)
-            dx = torch.mul(o, LOG2_E, out=dx).exp2_().mul_(d.sum(self.dim, keepdim=True))
+            dx = exp(o, out=dx).mul_(d.sum(self.dim, keepdim=True))
             return torch.sub(d, dx, out=dx)
 
         return _samplewise(formula, self.dim, dout, out)

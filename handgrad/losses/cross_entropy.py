@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 from torch.nn.functional import nll_loss
 
 from handgrad.errors import ArgumentError, DtypeError, ShapeError
-from handgrad.layer import LOG2_E, buffer
+from handgrad.layer import buffer, exp
 from handgrad.losses.loss import Loss, check_labels, labels
 
 
@@ -85,30 +83,30 @@ class CrossEntropy(Loss):
         dim = min(logp.dim() - 1, 1)
         s, classes = self.label_smoothing, logp.shape[dim]
         column = y.unsqueeze(dim)
-        # the reduction: dloss[n] = share dout, and 0 for an ignored row
-        dloss, share = dout, 1.0
-        if self.reduction == "mean":
-            total = self._total(y, used)  # 0 where no row counts: then nothing has a gradient, whatever divides it
-            if isinstance(total, Tensor):
-                each = total.to(logp.dtype).masked_fill(total == 0, 1).reciprocal()
-                dloss = each if dloss is None else dloss * each
-            else:
-                share = 1 / max(total, 1)
-        if used is not None:
-            dloss = used.to(logp.dtype) if dloss is None else used * dloss
-        # loss[n] = -sum_c q[c] logp[n, c], so dx = dloss[n] (p sum_c q[c] - q); a share other than 1 is in each term
-        dx = torch.add(logp.new_full((), math.log2(share)), logp, alpha=LOG2_E).exp2_()  # share p
+        # loss[n] = -sum_c q[c] logp[n, c], so dx = p sum_c q[c] - q
+        dx = exp(logp)  # p
         if weight is not None:
             wy = weight[column]
             w = self._weighted(torch.ones_like(logp), dim) * (s / classes)
             dx.mul_(wy * (1 - s) + w.sum(dim, keepdim=True)).sub_(w).scatter_add_(dim, column, wy * (s - 1))
         else:
             if s > 0:
-                dx.sub_(s / classes * share)
-            dx.scatter_add_(dim, column, torch.full_like(column, (s - 1) * share, dtype=dx.dtype))
-        if dloss is not None:
-            dx.mul_(dloss.unsqueeze(dim) if dloss.dim() else dloss)
-        return dx
+                dx.sub_(s / classes)
+            dx.scatter_add_(dim, column, torch.full_like(column, s - 1, dtype=dx.dtype))
+        # the reduction: dx[n] = dloss[n] dx[n], with dloss[n] = dout/total, and 0 for an ignored row
+        dloss: Tensor | float | None = dout
+        if self.reduction == "mean":
+            total = self._total(y, used)  # 0 where no row counts: then nothing has a gradient, whatever divides it
+            if isinstance(total, Tensor):
+                share: Tensor | float = total.to(logp.dtype).masked_fill(total == 0, 1).reciprocal()
+            else:
+                share = 1 / max(total, 1)
+            dloss = share if dloss is None else dloss * share
+        if used is not None:
+            dloss = used.to(logp.dtype) if dloss is None else used * dloss
+        if isinstance(dloss, Tensor) and dloss.dim():
+            dloss = dloss.unsqueeze(dim)
+        return dx if dloss is None else dx.mul_(dloss)
 
     def _weighted(self, x: Tensor, dim: int) -> Tensor:
         return x if self.weight is None else x * self.weight.view(-1, *[1] * (x.dim() - dim - 1))
