@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import platform
 import sys
 import time
 from pathlib import Path
 
-import torch
-
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from handgrad.testing.mutate import load_cases  # noqa: E402  # found by the path above
+from handgrad.bench.report import write_json  # noqa: E402  # found by the path above
+from handgrad.testing.mutate import load_cases  # noqa: E402
 
 
 def main() -> int:
@@ -24,7 +21,7 @@ def main() -> int:
     parser.add_argument("--cases", default=str(ROOT / "tests" / "cases.py"))
     parser.add_argument("--only", default="", help="cases whose names contain this")
     parser.add_argument("--limit", type=float, default=3.0, help="seconds that a check may take")
-    parser.add_argument("--json", metavar="PATH")
+    parser.add_argument("--json", type=Path, metavar="PATH", help="write the results here")
     given = parser.parse_args()
     rows = []
     for name, case in load_cases(given.cases).items():
@@ -44,9 +41,7 @@ def main() -> int:
     mean = sum(r["cpu_seconds"] for r in rows) / len(rows)
     print(f"slowest: {slowest['case']} {slowest['seconds']} s; mean {mean:.2f} s of CPU; load {os.getloadavg()[0]:.1f}")
     if given.json:
-        machine = {"torch": torch.__version__, "python": platform.python_version(), "cpus": os.cpu_count()}
-        result = {"machine": machine, "threads": torch.get_num_threads(), "load": os.getloadavg()[0], "checks": rows}
-        Path(given.json).write_text(json.dumps(result, indent=1) + "\n")
+        write_json(given.json, rows, load=os.getloadavg()[0])
     return int(slowest["seconds"] >= given.limit)
 
 

@@ -48,6 +48,7 @@ def markdown(results: Path) -> str:
         ("wide_2", steps),
         ("wide_layers", halves),
         ("memory", memory),
+        ("checks", checks),
     ):
         path = results / f"{name}.json"
         if not path.exists():
@@ -128,6 +129,16 @@ def memory(data: dict[str, Any]) -> tuple[str, Sequence[Sequence[str]], list[str
     return title, rows, notes
 
 
+def checks(data: dict[str, Any]) -> tuple[str, Sequence[Sequence[str]], list[str]]:
+    """The slowest cases."""
+    results = sorted(data["results"], key=lambda r: -r["seconds"])
+    rows = [["case", "seconds", "of CPU", "examples"]]
+    rows += [[r["case"], f"{r['seconds']:.2f}", f"{r['cpu_seconds']:.2f}", str(r["examples"])] for r in results[:5]]
+    mean = sum(r["seconds"] for r in results) / len(results)
+    notes = [f"All properties and planted faults of one case: {mean:.2f} s, the mean of {len(results)}. The slowest:"]
+    return "What a check costs", rows, notes
+
+
 def main() -> None:
     """Run everything, one after the other."""
     p = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
@@ -152,6 +163,7 @@ def main() -> None:
             [*wide, "--seconds", "0.05" if args.quick else "2"],
             script("memory.py", "--json", str(out / "memory.json")),
             script("models.py", "--seconds", "1" if args.quick else "20", "--json", str(out / "models.json")),
+            script("checks.py", *(["--only", "Tanh"] if args.quick else []), "--json", str(out / "checks.json")),
         ]
         failed = []
         for command in commands:

@@ -7,8 +7,6 @@ made smaller until no example of the property notices it. The figure of a case i
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 import sys
 from collections.abc import Iterator
 from dataclasses import fields, replace
@@ -21,7 +19,8 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from handgrad.testing import CheckError, CheckFailure, calls, check_loss, subject  # noqa: E402  # by the path above
+from handgrad.bench.report import write_json  # noqa: E402  # found by the path above
+from handgrad.testing import CheckError, CheckFailure, calls, check_loss, subject  # noqa: E402
 from handgrad.testing.check import examples_of  # noqa: E402
 from handgrad.testing.mutate import load_cases, quick  # noqa: E402
 from handgrad.testing.plan import Plan, plan_of  # noqa: E402
@@ -112,7 +111,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--cases", default=str(ROOT / "tests" / "cases.py"))
     parser.add_argument("--only", default="", help="cases whose names contain this")
-    parser.add_argument("--json", metavar="PATH")
+    parser.add_argument("--json", type=Path, metavar="PATH", help="write the results here")
     given = parser.parse_args()
     rows: list[dict[str, Any]] = []
     print(f"{'case':<40}" + "".join(f"{number:>10}" for number in MEASURED.values()))
@@ -131,8 +130,7 @@ def main() -> int:
     worst = {number: max(row[number] or 0 for row in rows) for number in MEASURED.values()}
     print(f"{'worst':<40}" + "".join(_cell(worst[number]) for number in MEASURED.values()))
     if given.json:
-        machine = {"torch": torch.__version__, "python": platform.python_version()}
-        Path(given.json).write_text(json.dumps({"machine": machine, "worst": worst, "cases": rows}, indent=1) + "\n")
+        write_json(given.json, rows, worst=worst)
     return 0
 
 
