@@ -84,33 +84,29 @@ class SGD(torch.optim.Optimizer):
 
     def _update(self, params: list[Tensor], grads: list[Tensor], group: dict[str, Any]) -> None:
         if group["momentum"] == 0:
-            descend(params, grads, [], group["lr"], group)
+            descend(params, grads, [], group)
             return
         states = [self.state[p] for p in params]
-        buffers = descend(params, grads, [s.get("momentum_buffer") for s in states], group["lr"], group)
+        buffers = descend(params, grads, [s.get("momentum_buffer") for s in states], group)
         for state, buffer in zip(states, buffers):
             state["momentum_buffer"] = buffer
 
 
 def descend(
-    params: list[Tensor],
-    grads: list[Tensor],
-    buffers: Sequence[Tensor | None],
-    lr: float | Tensor,
-    group: dict[str, Any],
+    params: list[Tensor], grads: list[Tensor], buffers: Sequence[Tensor | None], group: dict[str, Any]
 ) -> list[Tensor]:
     """The formula of SGD: change params and buffers in place, and return the buffers; grads are never written to.
 
-    One multi-tensor operation a line. A buffer is None before its parameter's first step. A tensor lr lets a compiled
-    graph read it anew at each call.
+    One multi-tensor operation a line. A buffer is None before its parameter's first step, and there are none without
+    momentum. An lr or momentum that is a tensor is read anew by a compiled graph at each call.
     """
-    momentum, share = group["momentum"], 1 - group["dampening"]
+    lr, momentum, share = group["lr"], group["momentum"], 1 - group["dampening"]
     if group["maximize"]:
         grads = list(torch._foreach_neg(grads))
     if group["weight_decay"] != 0:
         grads = list(torch._foreach_add(grads, params, alpha=group["weight_decay"]))
     moved: list[Tensor] = []
-    if momentum != 0:
+    if buffers:
         begun = [b for b in buffers if b is not None]
         if len(begun) == len(buffers):
             moved = begun
@@ -118,7 +114,8 @@ def descend(
             torch._foreach_add_(moved, grads, alpha=share)
         else:
             moved = [g.clone() if b is None else b.mul_(momentum).add_(g, alpha=share) for b, g in zip(buffers, grads)]
-        grads = list(torch._foreach_add(grads, moved, alpha=momentum)) if group["nesterov"] else moved
+        onward = torch._foreach_add(grads, torch._foreach_mul(moved, momentum)) if group["nesterov"] else moved
+        grads = list(onward)
     if isinstance(lr, Tensor):
         torch._foreach_sub_(params, torch._foreach_mul(grads, lr))
     else:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import ctypes
+import inspect
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, TypeGuard
@@ -12,13 +14,16 @@ import torch
 from torch import Tensor
 from torch.optim import optimizer as torch_optimizer
 
-from handgrad.errors import ArgumentError, CompileError, IndexRangeError, ShapeError, StateError
+from handgrad.errors import ArgumentError, CompileError, ShapeError, StateError
 from handgrad.layer import Layer
 from handgrad.losses.loss import Loss
 from handgrad.optim import SGD, descend
 
-Group = tuple[list[Tensor], list["Tensor | None"], Tensor, dict[str, Any]]
-"""What one parameter group's update reads in a compiled graph: parameters, momentum buffers, lr, the other options."""
+Group = tuple[list[Tensor], list["Tensor | None"], dict[str, Any]]
+"""What one parameter group's update reads in a compiled graph: parameters, momentum buffers, and the options."""
+
+SCHEDULED = ("lr", "momentum")  # what schedulers change: tensors in a graph, or each value would be compiled anew
+GRAPHS = 256  # that one compiled step may hold: one for each shape of a minibatch; torch's own limit is 8
 
 
 class TrainStep:
@@ -28,13 +33,15 @@ class TrainStep:
     An interruption (an error, Ctrl-C) leaves no half-used record behind.
 
     ``step.many(xs, targets)`` does the steps of several minibatches, ``step.compile()`` gives the same two calls with
-    the whole step in one compiled graph. Any torch.optim optimizer will do; the SGD of handgrad costs least.
+    the whole step in one compiled graph. Any torch.optim optimizer that steps without a closure will
+    do; the SGD of handgrad costs least.
 
     A step frees what the next one needs again. So that large tensors need no fresh pages, which cost more than the
     arithmetic, making a TrainStep tells the C library to keep freed memory in the process, for good, as torch does on a
     GPU; `keep_memory=False` leaves the C library as it is. Nothing is shared that way: each result is a new tensor.
 
-    Raises StateError where an earlier forward of the model still waits for its backward.
+    Raises StateError where an earlier forward of the model still waits for its backward; ArgumentError for a loss that
+    is none of handgrad's, and for an optimizer that has none of the parameters or, as LBFGS, wants a closure.
 
     >>> from handgrad import SGD, CrossEntropy, Linear
     >>> model = Linear(2, 3)
@@ -48,11 +55,20 @@ class TrainStep:
     """
 
     def __init__(self, model: Layer, loss: Loss, optimizer: torch.optim.Optimizer, *, keep_memory: bool = True) -> None:
+        if not isinstance(loss, Loss):
+            problem = f"a loss of handgrad, such as CrossEntropy(), got {type(loss).__name__}"
+            raise ArgumentError(f"TrainStep: the loss must be {problem}")
         if loss.reduction == "none":
             raise ArgumentError('TrainStep: the loss must be one number, got a loss with reduction="none"')
+        if isinstance(optimizer, torch.optim.LBFGS):
+            raise ArgumentError("TrainStep: LBFGS takes several steps of its own through a closure; write the loop out")
         self.model, self.loss, self.optimizer = model, loss, optimizer
         both = (*model.parameters(), *loss.parameters())  # a loss may have some, or share the model's
         self.params = list({id(p): p for p in both}.values())
+        updated = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        if self.params and not updated & {id(p) for p in self.params}:
+            problem = "none of the parameters of model and loss; make it of model.parameters()"
+            raise ArgumentError(f"TrainStep: the optimizer updates {problem}")
         if keep_memory:
             _keep_freed_memory()
 
@@ -86,11 +102,13 @@ class TrainStep:
         but takes longer to compile; what `many` has left over it does step by step.
 
         - Results equal the eager ones up to the rounding of floats; two chunks of 4 round as one of 8 does not.
-        - A minibatch of another shape is compiled anew; a changed lr or evaluation in between is not.
+        - A minibatch of another shape is compiled anew (256 shapes at the most), and so is another dampening or
+          weight_decay; a changed lr or momentum, or evaluation in between, is not.
         - With handgrad's SGD the update is in the graph, but a momentum buffer is made by a first step outside. Any
           other optimizer, or one with step hooks, runs as it is, after the graph of forward, loss and backward.
         - Changes that only Python sees (a print in a layer, a record pushed and never popped) happen when compiling.
-        - An index out of range is an IndexRangeError, but in `many` steps before it may or may not be done already.
+        - An error is the one that the step gives without compile(): after a failure, the layers run once more on a copy
+          of the model, to say what was wrong. In `many`, steps before it may or may not be done already.
 
         Raises CompileError without a C++ compiler, on a CPU.
         """
@@ -121,20 +139,22 @@ class CompiledTrainStep(TrainStep):
             raise ArgumentError(f"TrainStep.compile: chunk must be at least 1, got {chunk}")
         super().__init__(step.model, step.loss, step.optimizer, keep_memory=False)  # as `step` has decided
         self.chunk = chunk
-        self._lrs: list[Tensor] = []
+        self._scheduled: list[dict[str, Tensor]] = []  # by parameter group
         if any(p.device.type == "cpu" for p in self.params):
             _require_compiler()
         # without Python between the kernels, and all intermediates in one piece of memory
         options: dict[str, Any] = {"cpp_wrapper": True, "memory_planning": True, "memory_pool": "intermediates"}
-        self._one = torch.compile(self._graph, fullgraph=True, dynamic=False, options=options)
-        self._many = torch.compile(self._graph_many, fullgraph=True, dynamic=False, options=options)
+        how: dict[str, Any] = {"fullgraph": True, "dynamic": False, "options": options}
+        if "isolate_recompiles" in inspect.signature(torch.compile).parameters:  # older torch has no such setting
+            how |= {"recompile_limit": GRAPHS, "isolate_recompiles": True}
+        self._one, self._many = torch.compile(self._graph, **how), torch.compile(self._graph_many, **how)
 
     def __call__(self, x: Any, target: Any) -> Tensor:
         groups = self._groups()
         if groups is None:
             return super().__call__(x, target)
         self._refuse_leftovers()
-        loss: Tensor = _run(self._one, x, target, groups)
+        loss = self._run(self._one, x, target, groups)
         self._after(groups)
         return loss
 
@@ -146,7 +166,7 @@ class CompiledTrainStep(TrainStep):
             end = done + self.chunk
             if groups and end <= steps:
                 self._refuse_leftovers()
-                losses.append(_run(self._many, xs[done:end], targets[done:end], groups))
+                losses.append(self._run(self._many, xs[done:end], targets[done:end], groups))
                 self._after(groups)
             else:
                 end = done + 1
@@ -157,10 +177,10 @@ class CompiledTrainStep(TrainStep):
     def _graph(self, x: Any, target: Any, groups: list[Group]) -> Tensor:
         """One step; what is compiled."""
         out = self._forward_backward(x, target)
-        for params, buffers, lr, options in groups:
+        for params, buffers, options in groups:
             held = [i for i, p in enumerate(params) if p.grad is not None]
             grads: list[Any] = [params[i].grad for i in held]
-            descend([params[i] for i in held], grads, [buffers[i] for i in held] if buffers else [], lr, options)
+            descend([params[i] for i in held], grads, [buffers[i] for i in held] if buffers else [], options)
         return out
 
     def _graph_many(self, xs: Any, targets: Any, groups: list[Group]) -> Tensor:
@@ -174,18 +194,39 @@ class CompiledTrainStep(TrainStep):
             return []
         groups: list[Group] = []
         for i, group in enumerate(self.optimizer.param_groups):
-            params, buffers, lr = group["params"], [], float(group["lr"])
+            params, buffers = group["params"], []
             if group["momentum"] != 0:
                 buffers = [self.optimizer.state[p].get("momentum_buffer") for p in params]
                 if any(b is None for b in buffers):
                     return None
-            if i == len(self._lrs):
-                self._lrs.append(torch.tensor(lr, dtype=torch.float64))
-            elif self._lrs[i].item() != lr:
-                self._lrs[i].fill_(lr)
-            options = {key: group[key] for key in ("momentum", "dampening", "weight_decay", "nesterov", "maximize")}
-            groups.append((params, buffers, self._lrs[i], options))
+            if i == len(self._scheduled):
+                self._scheduled.append({key: torch.tensor(float(group[key]), dtype=torch.float64) for key in SCHEDULED})
+            for key, tensor in self._scheduled[i].items():
+                if tensor.item() != group[key]:
+                    tensor.fill_(group[key])
+            options = {key: group[key] for key in ("dampening", "weight_decay", "nesterov", "maximize")}
+            groups.append((params, buffers, {**self._scheduled[i], **options}))
         return groups
+
+    def _run(self, graph: Callable[..., Tensor], x: Any, target: Any, groups: list[Group]) -> Tensor:
+        try:
+            return graph(x, target, groups)
+        except Exception as error:
+            self._explain(x, target, graph is self._many, error)
+            raise
+
+    def _explain(self, x: Any, target: Any, many: bool, error: Exception) -> None:
+        """Raise what the layers say of these inputs when no graph hides it, if they say anything; on copies of them."""
+        try:
+            model, loss = copy.deepcopy((self.model, self.loss))
+        except Exception:  # it holds what cannot be copied
+            return
+        for x_k, target_k in zip(x, target) if many else [(x, target)]:
+            try:
+                loss(model(x_k), target_k)
+                model.backward(loss.backward())
+            except Exception as plain:
+                raise plain from error
 
     def _after(self, groups: list[Group]) -> None:
         if groups and isinstance(self.optimizer, SGD):
@@ -219,16 +260,6 @@ def _length(xs: Tensor | Sequence[Any], targets: Tensor | Sequence[Any]) -> int:
         problem = f"xs and targets must hold K minibatches each, at least one, got {len(xs)} and {len(targets)}"
         raise ShapeError(f"TrainStep.many: {problem}")
     return len(xs)
-
-
-def _run(graph: Callable[..., Tensor], x: Any, target: Any, groups: list[Group]) -> Tensor:
-    try:
-        return graph(x, target, groups)
-    except RuntimeError as error:
-        if "index out of bounds" in str(error):
-            problem = "an index in x or target lies outside its table; the step without compile() says which"
-            raise IndexRangeError(f"TrainStep: {problem}") from error
-        raise
 
 
 def _require_compiler() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,11 +14,13 @@ from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from handgrad import (
+    MSE,
     SGD,
     ArgumentError,
     BatchNorm1d,
     CompileError,
     CrossEntropy,
+    DtypeError,
     Embedding,
     Flatten,
     IndexRangeError,
@@ -150,6 +153,16 @@ def test_an_lr_scheduler_sees_the_steps():
     assert step.optimizer.param_groups[0]["lr"] == 0.05
 
 
+def test_what_cannot_train_is_refused():
+    model = Linear(3, 2)
+    with pytest.raises(ArgumentError, match="the optimizer updates none of the parameters of model and loss"):
+        TrainStep(model, MSE(), SGD(Linear(3, 2).parameters(), lr=0.1))
+    with pytest.raises(ArgumentError, match=r"the loss must be a loss of handgrad, .*, got MSELoss"):
+        TrainStep(model, torch.nn.MSELoss(), SGD(model.parameters(), lr=0.1))
+    with pytest.raises(ArgumentError, match="LBFGS takes several steps of its own through a closure"):
+        TrainStep(model, MSE(), torch.optim.LBFGS(model.parameters()))
+
+
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # torch's own, when inductor is imported
 class TestCompiled:
     """The graphs of `compile()`; each shape and option compiles anew, so the cases are few."""
@@ -215,11 +228,48 @@ class TestCompiled:
         step(xs[0], targets[0])
         (xs if where == "x" else targets)[1].view(-1)[0] = index
         before = {name: t.clone() for name, t in model.state_dict().items()}
-        with pytest.raises(IndexRangeError, match="lies outside its table"):
+        with pytest.raises(IndexRangeError, match=rf"must be in 0\.\.4.*, got {index}"):
             step(xs[1], targets[1])
         torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
-        with pytest.raises(IndexRangeError, match="lies outside its table"):
+        with pytest.raises(IndexRangeError, match=rf"must be in 0\.\.4.*, got {index}"):
             step.many(xs, targets)
+        assert model.pending == 0
+        assert step(xs[0], targets[0]) > 0
+
+    def test_an_error_is_the_one_that_the_layers_raise(self):
+        model = Linear(3, 2)
+        step = TrainStep(model, MSE(), SGD(model.parameters(), lr=0.1)).compile()
+        with pytest.raises(ShapeError, match=r"Linear\(3 -> 2\).forward: last dimension of x must be 3, got "):
+            step(torch.ones(4, 5), torch.ones(4, 2))
+        with pytest.raises(DtypeError, match=r"MSE\(\).forward: target must be a tensor of x's dtype"):
+            step(torch.ones(4, 3), torch.ones(4, 2).double())
+        assert step(torch.ones(4, 3), torch.ones(4, 2)) > 0
+
+    @torch._dynamo.config.patch(recompile_limit=1)
+    def test_more_shapes_than_torch_allows_by_itself(self):
+        if "isolate_recompiles" not in inspect.signature(torch.compile).parameters:
+            pytest.skip("this torch has its limit for all")
+        for _ in range(2):  # steps
+            model = Linear(3, 2)
+            step = TrainStep(model, MSE(), SGD(model.parameters(), lr=0.1)).compile()
+            for n in (2, 3):
+                assert step(torch.ones(n, 3), torch.ones(n, 2)) > 0
+
+    def test_one_graph_serves_a_schedule_of_momentum(self):
+        a, b = make_model(), make_model()
+        xs, targets = make_data()
+        eager, compiled = make_step(a, momentum=0.9, nesterov=True), make_step(b, momentum=0.9, nesterov=True).compile()
+        cycles = [
+            torch.optim.lr_scheduler.OneCycleLR(s.optimizer, 0.2, total_steps=STEPS + 1) for s in (eager, compiled)
+        ]
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        for x, target in zip(xs, targets):
+            torch.testing.assert_close(compiled(x, target), eager(x, target))
+            for cycle in cycles:
+                cycle.step()
+        assert_same_state(b, a)
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
     def test_leftover_records_are_refused(self):
         model = make_model()
