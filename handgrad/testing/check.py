@@ -17,10 +17,10 @@ from hypothesis.errors import Flaky, Unsatisfiable
 
 from handgrad.errors import ArgumentError
 from handgrad.testing import judge, subject
-from handgrad.testing.errors import CheckError, CheckFailure, ContractError, LayerCrash, VacuousCheck
+from handgrad.testing.errors import CheckError, CheckFailure, ContractError, LayerCrash, OracleError, VacuousCheck
 from handgrad.testing.plan import Plan, plan_of
 from handgrad.testing.properties.values import is_refusal
-from handgrad.testing.report import PropertyReport, Report, failure_text
+from handgrad.testing.report import PropertyReport, Report, example, failure_text
 from handgrad.testing.sample import PROPERTIES, NotApplicable, Sample
 from handgrad.testing.sensitivity import plant
 from handgrad.testing.strategies import samples
@@ -192,6 +192,9 @@ class _Runner:
                     **{**error.details, "property": self.name},
                 )
                 failure.__cause__ = error.__cause__
+            except OracleError as error:
+                there = [] if self.failing is None else ["", *example(self.failing), "", self._again(error)]
+                failure = OracleError("\n".join([str(error), *there]).rstrip())
             except CheckError as error:
                 failure = error
                 failure.__notes__ = []  # type: ignore[attr-defined]
@@ -224,12 +227,15 @@ class _Runner:
         run()
 
     def _one(self, sample: Sample) -> None:
-        sample = sample if self.policed else replace(sample, policed=False)
+        sample = sample if self.policed else replace(sample, policed=False, suspects_oracle=False)
         try:
             PROPERTIES[self.name].check(sample)
         except NotApplicable as reason:  # to this example; perhaps to another one
             self.report.note = f"does not apply: {reason}"
             return
+        except OracleError:
+            self.failing = sample
+            raise
         except CheckFailure as failure:
             if isinstance(failure, LayerCrash) and is_refusal(sample.layer, failure.details["inputs"], failure):
                 hypothesis.reject()  # a row too few for the mode that this property needs
@@ -252,7 +258,7 @@ class _Runner:
             with contextlib.suppress(CheckError, CheckFailure, Flaky, Unsatisfiable):
                 self._hypothesis()
 
-    def _again(self, error: CheckFailure) -> str:
+    def _again(self, error: CheckError | CheckFailure) -> str:
         """How to run the failing example again: hypothesis notes it on the error."""
         notes = "\n".join(getattr(error, "__notes__", []))
         blob = re.search(r"reproduce_failure\([^,]+, b'([^']+)'\)", notes)

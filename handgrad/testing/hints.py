@@ -21,6 +21,7 @@ class Hint:
     text: str
     kind: str = ""  # where the text names numbers of its example
     meanings: tuple[str, ...] = ()  # what the number in the text may stem from
+    weak: bool = False  # a small example can show it by accident: said only where all richer ones show it, too
 
     @property
     def key(self) -> str:
@@ -40,16 +41,18 @@ def agreed(shown: Sequence[Hint], others: Mapping[str, Sequence[Hint]]) -> list[
 
     What any of them shows, too, is said of the one shown, with the meanings that hold for all. What only another one
     shows is said of that, by its name. What only the small one shows may come of its being small, and is said where
-    there is nothing else.
+    there is nothing else, if it is not weak.
     """
     known: dict[str, tuple[str, Hint]] = {}
     for name, found in others.items():
         for hint in found:
             first, same = known.get(hint.key, (name, hint))
             known[hint.key] = (first, same.also(hint))
+    everywhere = [{hint.key for hint in found} for found in others.values()]
+    known = {k: (n, h) for k, (n, h) in known.items() if not h.weak or all(k in keys for keys in everywhere)}
     lines = [str(hint.also(known.pop(hint.key)[1])) for hint in shown if hint.key in known]
     lines += [f"on another example, {name}: {hint}" for name, hint in known.values()]
-    return lines or [str(hint) for hint in shown]
+    return lines or [str(hint) for hint in shown if not hint.weak]
 
 
 def hints(s: Sample, details: dict[str, Any]) -> list[Hint]:
@@ -61,10 +64,11 @@ def hints(s: Sample, details: dict[str, Any]) -> list[Hint]:
             if details.get("property") == "accumulation":
                 found += _overwritten(s, details)
             else:
-                found += [*_special(s, got, want), *_ratio(s, got, want), *_last_use(s, details)]
+                found += [*_special(s, got, want), *_exchanged(s, details["tensor"], got, want)]
+                found += [*_ratio(s, got, want), *_last_use(s, details)]
                 found += [*_difference(got, want), *_proportional(s, got, want)]
         else:
-            found += _shape(details["tensor"], got, want)
+            found += _shape(s, details["tensor"], got, want)
     elif isinstance(want, Tensor) and got is None and details.get("tensor") in subject.parameters(s.layer):
         found.append(Hint("backward never adds to it: add_grad(parameter, gradient)"))
     if details.get("property") == "gradients":
@@ -76,12 +80,25 @@ def _special(s: Sample, got: Tensor, want: Tensor) -> Iterator[Hint]:
     if not torch.isfinite(got).all() and torch.isfinite(want).all():
         yield Hint("not finite where the right gradient is")
     elif judge.largest(got) == 0 and judge.largest(want) > 0:
-        yield Hint("backward gives zeros everywhere")
+        yield Hint("backward gives zeros everywhere", weak=True)
     elif got.dim() == 2 and got.shape[0] == got.shape[1] and got.shape[0] > 1 and _near(got.t(), want):
         yield Hint("it is the transpose of the right one")
     for name, dout in calls.named("dout", s.douts).items():
         if dout.shape == got.shape and _near(got, dout) and not _near(want, dout):
             yield Hint(f"it equals {name}: as if the layer were the identity")
+        elif dout.shape == got.shape[: dout.dim()] and not _near(got, want):
+            factor = dout.reshape(*dout.shape, *[1] * (got.dim() - dout.dim()))
+            if _near(got * factor, want):
+                yield Hint(f"times {name} it is right: {name} is forgotten")
+
+
+def _exchanged(s: Sample, name: str, got: Tensor, want: Tensor) -> Iterator[Hint]:
+    """Whether it is another tensor's gradient."""
+    for other, grad in s.truth.result.grads.items():
+        if other == name or grad is None or judge.largest(grad) == 0:
+            continue
+        if _near(got, grad) and not _near(want, grad):
+            yield Hint(f"it is the right one of {other}: are the two exchanged?")
 
 
 def _ratio(s: Sample, got: Tensor, want: Tensor) -> Iterator[Hint]:
@@ -141,7 +158,8 @@ def _difference(got: Tensor, want: Tensor) -> Iterator[Hint]:
             yield Hint(text, "missing sum")
         hit = flat.any(1)
         if int(hit.sum()) == 1 and size > 2:
-            yield Hint(f"it is wrong only at index {int(hit.nonzero()[0])} of dimension {dim}", "one index")
+            text = f"it is wrong only at index {int(hit.nonzero()[0])} of dimension {dim}"
+            yield Hint(text, "one index")
 
 
 def _proportional(s: Sample, got: Tensor, want: Tensor) -> Iterator[Hint]:
@@ -184,12 +202,12 @@ def _last_use(s: Sample, details: dict[str, Any]) -> Iterator[Hint]:
         yield Hint("of equal indices only the last one arrived: add them up (index_add_), do not assign")
 
 
-def _shape(name: str, got: Tensor, want: Tensor) -> Iterator[Hint]:
+def _shape(s: Sample, name: str, got: Tensor, want: Tensor) -> Iterator[Hint]:
     if got.dim() == want.dim() == 2 and got.shape == want.t().shape:
         yield Hint("it is transposed")
     elif got.numel() == want.numel():
         yield Hint(f"the elements are as many: a reshape to {tuple(want.shape)} is missing", "reshape")
-    elif got.dim() >= want.dim():
+    elif got.dim() >= want.dim() and got.shape in {dout.shape for dout in s.douts}:
         shape, x = tuple(want.shape), name.removeprefix("d")
         text = f"{x} was broadcast on the way to out, so its gradient must be summed back to {shape}"
         yield Hint(text, "broadcast")
@@ -209,7 +227,8 @@ def _passes_when(s: Sample, details: dict[str, Any]) -> Iterator[Hint]:
             except (CheckFailure, KeyError):
                 continue
             if got is not None and want is not None and judge.largest(want) > 0 and _near(got, want):
-                yield Hint(f"it is right when {name} = {value:g}: the formula misses {name} there")
+                text = f"it is right when {name} = {value:g}: look for the mistake where {name} is used, or should be"
+                yield Hint(text, weak=True)
 
 
 def _near(a: Tensor, b: Tensor) -> bool:

@@ -69,7 +69,7 @@ def failure_text(error: CheckFailure, name: str, s: Sample | None, rich: Sequenc
     lines = [error.message]
     if s is not None:
         lines += [f"  hint: {guess}" for guess in _guesses(error, name, s, rich)]
-        lines += ["", "the smallest example found:", *_example(s)]
+        lines += ["", *example(s)]
     number = f"P{PROPERTIES[name].number} " if name in PROPERTIES else ""
     lines += ["", f"property {number}{name}: {PROPERTIES[name].says}" if number else "", again]
     layer = "" if s is None else f"{calls.name_of(s.layer)}"
@@ -81,6 +81,8 @@ def _guesses(error: CheckFailure, name: str, s: Sample, rich: Sequence[Sample]) 
     """Up to three hints. The example shown is the smallest, and may be too small for a pattern that a rich one has."""
     others: dict[str, list[Hint]] = {}
     for other in rich:
+        if other.richness() <= s.richness():
+            continue
         shapes = ", ".join(f"{x} {tuple(t.shape)}" for x, t in calls.named("x", other.inputs).items())
         others.setdefault(shapes, _hints(error, name, other))
     return agreed(_hints(error, name, s), others)[:3]
@@ -98,7 +100,8 @@ def _hints(error: CheckFailure, name: str, s: Sample) -> list[Hint]:
     return []
 
 
-def _example(s: Sample) -> list[str]:
+def example(s: Sample) -> list[str]:
+    """An example in words, to be printed line by line."""
     rows: dict[str, Any] = {}
     if s.made_by:
         rows["layer"] = s.made_by
@@ -107,7 +110,7 @@ def _example(s: Sample) -> list[str]:
     rows.update(subject.parameters(s.layer))
     rows.update(subject.buffers(s.layer))
     width = max(map(len, rows), default=0)
-    return [f"  {name:<{width}} = {_value(value)}" for name, value in rows.items()]
+    return ["the smallest example found:", *(f"  {name:<{width}} = {_value(value)}" for name, value in rows.items())]
 
 
 def _value(value: Any) -> str:

@@ -39,7 +39,8 @@ class Sample:
     oracle: Oracle = field(default_factory=Oracle)
     kinks: Mapping[float, float | None] = field(default_factory=dict)
     seed: int = 0
-    policed: bool = True
+    policed: bool = True  # whether finite differences look at the oracle in this example
+    suspects_oracle: bool = True  # whether they may do so at all
     made_by: str = ""  # how the layer was made, for the failure text
     scales: Mapping[str, float] = field(default_factory=dict)  # of gradients, where the example's own are no measure
 

@@ -30,6 +30,7 @@ from handgrad.testing import (
     gradient_table,
     strategies,
 )
+from handgrad.testing.oracle import Oracle
 from handgrad.testing.sample import Sample
 
 
@@ -298,6 +299,55 @@ def test_a_partly_detached_forward_is_the_oracles_fault():
 
     with pytest.raises(OracleError, match="contradicts finite differences"):
         check_layer(Detached, x="*N")
+
+
+def test_a_kink_is_no_fault_of_the_oracle():
+    """Differences contradict a slope that is another one at a single point; beside it, they agree."""
+    kinked = Oracle(reference=lambda x: torch.where(x == 1, 5 * x - 3, 2 * x))
+    x, dout = torch.tensor([1.0, 2.0], dtype=torch.float64), torch.tensor([1.0, -0.5], dtype=torch.float64)
+    truth = kinked.truth(Double(), (x,), (dout,))
+    assert "contradicts finite differences" in kinked._contradiction(Double(), (x,), (dout,), truth, 0)
+    kinked.police(Double(), (x,), (dout,), truth, 0)
+
+
+def test_a_right_backward_of_a_partly_detached_forward_is_not_called_wrong():
+    class Detached(Double):
+        def forward(self, x):
+            out = x + x.detach()
+            self.push(out=out)
+            return out
+
+    with pytest.raises(OracleError, match="hidden from autograd"):
+        check_layer(Detached, x="*N")
+    check_layer(Detached, x="*N", oracle="differences")
+
+
+def test_an_oracles_fault_comes_with_its_example():
+    class Detached(Double):
+        def forward(self, x):
+            out = x + x.detach()
+            self.push(out=out)
+            return out
+
+    with pytest.raises(OracleError, match=r"the smallest example found:\n  x +=") as caught:
+        check_layer(Detached, x="*N")
+    assert 'add reproduce="gradients ' in str(caught.value)
+
+
+def test_kinks_of_one_of_several_inputs_are_not_compared():
+    class Added(Double):
+        def forward(self, x, y):
+            out = x.relu() + y
+            self.push(x, out=out)
+            return out
+
+        def backward(self, dout):
+            (x,) = self.pop(dout)
+            return dout * (x > 0), dout.clone()
+
+    report = check_layer(Added, x=["*N", "*N"], kinks={0.0: 0.0})
+    notes = {p.name: p.note for p in report.properties}
+    assert notes["special"] == "does not apply: kinks= describes an elementwise layer of one input"
 
 
 def test_a_wrong_forward_needs_a_reference():

@@ -147,7 +147,7 @@ def test_a_constant_factor():
 def test_a_forgotten_scalar():
     found = affine(through_gain=lambda self, dout, gain: dout)
     assert any("times the right one, which is 1/gain" in hint for hint in found), found
-    assert any("it is right when gain = 1: the formula misses gain there" in hint for hint in found), found
+    assert any("it is right when gain = 1: look for the mistake where gain is used" in hint for hint in found), found
 
 
 def test_a_forgotten_mean():
@@ -251,6 +251,44 @@ def test_a_broadcast_forgotten():
     found = hints(Sum, ["N D", "D"])
     text = r"x\[1\] was broadcast on the way to out, so its gradient must be summed back to \(\d,\)"
     assert any(re.search(text, hint) for hint in found), found
+
+
+def test_two_gradients_exchanged():
+    class Product(Layer):
+        def forward(self, x, y):
+            out = x * y
+            self.push(x, y, out=out)
+            return out
+
+        def backward(self, dout):
+            x, y = self.pop(dout)
+            return dout * x, dout * y
+
+    found = hints(Product, ["*N", "*N"])
+    assert any("it is the right one of dx[1]: are the two exchanged?" in hint for hint in found), found
+
+
+def test_dout_forgotten():
+    class Square(Layer):
+        def forward(self, x):
+            out = (x * x).sum(-1)
+            self.push(x, out=out)
+            return out
+
+        def backward(self, dout):
+            (x,) = self.pop(dout)
+            return 2 * x
+
+    found = hints(Square, "*N D")
+    assert any("times dout it is right: dout is forgotten" in hint for hint in found), found
+
+
+def test_what_a_small_example_shows_by_accident_is_not_said():
+    """Shrunk, a backward that forgets the last place of several looks like one of zeros."""
+    zeros, other = Hint("backward gives zeros everywhere", weak=True), Hint("the sign is wrong")
+    assert agreed([zeros], {"x (3, 3)": [other]}) == ["on another example, x (3, 3): the sign is wrong"]
+    assert agreed([zeros], {"x (3, 3)": [zeros], "x (4, 3)": []}) == []
+    assert agreed([zeros], {"x (3, 3)": [zeros]}) == ["backward gives zeros everywhere"]
 
 
 def test_a_transposed_shape():
