@@ -376,8 +376,11 @@ class Layer:
         """Convert to a floating dtype or move to a device, in place: ``to(torch.float64)``, ``to("cuda")``.
 
         Tensors keep their identity, so an optimizer made before stays valid. Integer buffers keep their dtype.
-        Raises StateError while a forward waits for its backward.
+        Raises StateError while a forward waits for its backward; DtypeError for a dtype that is no floating one.
         """
+        for target in targets:
+            if isinstance(target, torch.dtype) and not target.is_floating_point:
+                raise self.error(DtypeError, "to", f"the dtype must be a floating one, got {target}")
         if self.pending:
             raise self.error(StateError, "to", "a forward still waits for its backward; run it, or drop_records()")
         for _, tensor in _distinct(self._tensors("")):
@@ -399,6 +402,9 @@ class Layer:
         Raises StateDictError, with nothing copied, that lists every misshaped key and, if `strict`, every missing and
         unexpected one.
         """
+        if not isinstance(state, Mapping):
+            wanted = "a state_dict, a mapping from names to tensors; of a file, first load it"
+            raise self.error(StateDictError, "load_state_dict", f"state must be {wanted}; got {type(state).__name__}")
         own = self.state_dict()
         missing = [key for key in own if key not in state]
         unexpected = [key for key in state if key not in own]

@@ -224,7 +224,8 @@ class CompiledTrainStep(TrainStep):
         for x_k, target_k in zip(x, target) if many else [(x, target)]:
             try:
                 loss(model(x_k), target_k)
-                model.backward(loss.backward())
+                dout = loss.backward()
+                model.backward(dout)
             except Exception as plain:
                 raise plain from error
 

@@ -102,6 +102,12 @@ CASES: list[tuple[Callable[[], Any], type[Exception], type[Exception], str]] = [
     ),
     # dtypes
     (
+        lambda: hg.Linear(3, 2).to(torch.int64),
+        hg.DtypeError,
+        TypeError,
+        "Linear(3 -> 2).to: the dtype must be a floating one, got torch.int64",
+    ),
+    (
         lambda: hg.Linear(3, 2)(x32.double()),
         hg.DtypeError,
         TypeError,
@@ -249,6 +255,13 @@ CASES: list[tuple[Callable[[], Any], type[Exception], type[Exception], str]] = [
         "evaluate under torch.no_grad(), or drop_records()",
     ),
     # state dicts
+    (
+        lambda: hg.Linear(3, 2).load_state_dict("linear.pt"),
+        hg.StateDictError,
+        RuntimeError,
+        "Linear(3 -> 2).load_state_dict: state must be a state_dict, a mapping from names to tensors; of a file, first "
+        "load it; got str",
+    ),
     (
         lambda: hg.Linear(3, 2).load_state_dict({"weight": torch.ones(3, 2), "gain": torch.ones(1)}),
         hg.StateDictError,

@@ -30,7 +30,10 @@ def parser() -> argparse.ArgumentParser:
         "take turns, so a busy machine slows both. Results are compared first.",
     )
     p.add_argument(
-        "--layer", action="append", help="a layer of handgrad, or module:Class; may be given again (default: every one)"
+        "--layer",
+        action="append",
+        help="a layer of handgrad, may be given again (default: every one); or module:Class, a layer of one input of "
+        "rows x columns, made without arguments, of the columns, or of the columns twice",
     )
     p.add_argument("--against", help="module:Class to compare with, for a --layer that is not one of handgrad's")
     p.add_argument("--sizes", type=_sizes, default=_sizes(SIZES), help=f"rows x columns, ... (default: {SIZES})")
@@ -59,6 +62,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         results = run(cases, args.sizes, DTYPES[args.dtype], args.compiled, args.seconds)
     except HandgradError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 1
+    except (TypeError, RuntimeError, IndexError) as error:
+        if args.against is None:
+            raise
+        print(f"error: {args.layer[0]} or {args.against} does not run: {error}", file=sys.stderr)
+        print("other inputs than one of rows x columns: handgrad.bench.compare(Case(...), size)", file=sys.stderr)
         return 1
     else:
         if args.json:

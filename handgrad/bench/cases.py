@@ -18,7 +18,11 @@ Inputs = tuple[Tensor, ...]
 
 @dataclass(frozen=True)
 class Case:
-    """One comparison: how to make both sides and their inputs at the size of N rows and D columns."""
+    """One comparison: how to make both sides and their inputs at the size of N rows and D columns.
+
+    ours, theirs   make the layer and the torch module from D; their parameters have the same names
+    inputs         makes the inputs of a forward from N, D and the dtype: a tuple, one tensor by default
+    """
 
     name: str
     ours: Callable[[int], Layer]

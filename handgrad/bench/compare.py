@@ -166,7 +166,7 @@ def _close(a: Tensor, b: Tensor, tolerance: float) -> bool:
 
 def _share_weights(layer: Layer, module: nn.Module) -> None:
     state = module.state_dict()
-    if len(state) and not set(layer.state_dict()) <= set(state):
+    if all("." in key for key in state) and not set(layer.state_dict()) <= set(state):
         state = {key.split(".", 1)[1]: t for key, t in state.items()}  # a module that only wraps the counterpart
     if set(layer.state_dict()) == set(state):
         layer.load_state_dict(state)

@@ -22,8 +22,15 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "commit": _commit(),
-        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": " ".join([_program(), *sys.argv[1:]]),
     }
+
+
+def _program() -> str:
+    """What was run: a script by its name, a package as ``python -m`` runs it."""
+    path = Path(sys.argv[0])
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    return f"python -m {spec.parent}" if path.name == "__main__.py" and spec is not None else f"python {path.name}"
 
 
 def _processor() -> str:

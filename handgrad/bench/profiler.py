@@ -14,6 +14,7 @@ from torch import Tensor
 
 from handgrad.bench.memory import recorded_bytes
 from handgrad.bench.report import bytes_text, seconds_text, table
+from handgrad.errors import StateError
 from handgrad.layer import Layer
 from handgrad.losses.cross_entropy import CrossEntropy
 from handgrad.losses.loss import Loss
@@ -62,7 +63,8 @@ def profile(model: Layer, x: Any, y: Tensor, loss: Loss | None = None, *, second
 
     y is the target. Without a loss it is CrossEntropy for integer targets, and MSE for others. The rest is what
     containers do between the layers. Bytes that two layers both record are counted in each. The model is left as it
-    was: no update, gradients and running statistics put back.
+    was: no update, gradients and running statistics put back. Raises StateError where a forward of it waits for its
+    backward.
 
     >>> from handgrad import Linear, Sequential, Tanh
     >>> p = profile(Sequential(Linear(3, 4), Tanh()), torch.randn(8, 3), torch.randint(4, (8,)), seconds=0.01)
@@ -70,9 +72,12 @@ def profile(model: Layer, x: Any, y: Tensor, loss: Loss | None = None, *, second
     [('0', 16), ('1', 0), ('loss', 0), ('rest', 0)]
     """
     loss = loss or (MSE() if y.is_floating_point() else CrossEntropy())
+    if model.pending or loss.pending:
+        problem = "a forward still waits for its backward; run it, or drop_records()"
+        raise StateError(f"profile: {problem}")
     named = [(path or "model", layer) for path, layer in model.named_layers() if not _inside(layer)]
     named.append(("loss", loss))
-    with _unchanged(model):
+    with _unchanged(model), torch.enable_grad():
         recorded = _records(model, loss, named, x, y)
         rounds: list[list[float]] = []
         begun = time.perf_counter()

@@ -20,6 +20,7 @@ from handgrad.testing.errors import (
     OutputMismatch,
     VacuousCheck,
 )
+from handgrad.testing.plan import SYNTAX
 from handgrad.testing.properties import (
     assert_accumulation,
     assert_aliasing,
@@ -63,6 +64,7 @@ def __getattr__(name: str) -> Any:
 
 
 __all__ = [
+    "SYNTAX",
     "CheckError",
     "CheckFailure",
     "ContractError",

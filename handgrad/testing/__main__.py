@@ -21,9 +21,21 @@ def main(arguments: list[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("layer", help="module:Name of the class or of a function that makes the layer")
-    parser.add_argument("--x", action="append", required=True, help="the input; once for each input of forward")
+    parser.add_argument(
+        "--x", action="append", required=True, help='the input, such as "*N D"; once for each input of forward'
+    )
     parser.add_argument("--target", help="the target, for a loss")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=V1,V2", help="values of an argument")
+    parser.add_argument("--sizes", action="append", default=[], metavar="NAME=FROM,TO", help="of a size, from and to")
+    parser.add_argument("--ranges", action="append", default=[], metavar="NAME=FROM,TO", help="of a parameter's values")
+    parser.add_argument(
+        "--kinks",
+        action="append",
+        default=[],
+        metavar="X=SLOPE",
+        help="where the slope jumps, and which is given",
+    )
+    parser.add_argument("--distinct", action="store_true", help="no two equal numbers in an input")
     parser.add_argument("--module", help="module:Name of the equal torch.nn.Module")
     parser.add_argument("--reference", help="module:Name of the same function by other means")
     parser.add_argument("--differences", action="store_true", help="judge by finite differences")
@@ -37,6 +49,10 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         what: dict[str, Any] = {
             "options": {name: [_value(v) for v in values.split(",")] for name, values in map(_pair, given.set)},
+            "sizes": {name: tuple(map(int, ends.split(","))) for name, ends in map(_pair, given.sizes)},
+            "ranges": {name: tuple(map(float, ends.split(","))) for name, ends in map(_pair, given.ranges)},
+            "kinks": {float(x): _value(slope) for x, slope in map(_pair, given.kinks)},
+            "distinct": given.distinct,
             "skip": dict(map(_pair, given.skip)),
             "module": given.module and _load(given.module),
             "reference": given.reference and _load(given.reference),
@@ -51,6 +67,8 @@ def main(arguments: list[str] | None = None) -> int:
             report = check_layer(make, given.x, **what)
     except AssertionError as failure:
         print(f"{type(failure).__name__}: {failure}")
+        if "required positional argument" in str(failure):
+            print("does forward take more inputs? give --x once for each of them, in order; a loss takes --target, too")
         return 1
     except (HandgradError, ImportError, AttributeError, ValueError) as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)

@@ -123,12 +123,13 @@ def _differences(got: Tensor, want: Tensor, error: Tensor, bad: Tensor, allowed:
     worst = int(shown.argmax()) if shown.dim() == 0 else int(shown.flatten().argmax())
     index = tuple(int(i) for i in torch.unravel_index(torch.tensor(worst), want.shape)) if want.dim() else ()
     relative = float(error.flatten()[worst] / want.flatten()[worst].abs().clamp(min=1e-300))
+    share = f", {relative:.2g} of it" if relative < 1e6 else ""  # of what is 0 but for rounding, it says nothing
     place = f"[{', '.join(map(str, index))}]" if index else ""
     return (
         f"{int(bad.sum())} of {want.numel()} elements differ\n"
         f"  worst at {place or 'the only element'}: got {_number(got.flatten()[worst])}, "
         f"must be {_number(want.flatten()[worst])}"
-        f" (off by {float(error.flatten()[worst]):.3g}, {relative:.2g} of it; allowed {float(allowed.max()):.2g})\n"
+        f" (off by {float(error.flatten()[worst]):.3g}{share}; allowed {float(allowed.max()):.2g})\n"
         f"  got   {describe(got)}\n  want  {describe(want)}"
     )
 

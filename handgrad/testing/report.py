@@ -74,7 +74,7 @@ def failure_text(error: CheckFailure, name: str, s: Sample | None, rich: Sequenc
     lines += ["", f"property {number}{name}: {PROPERTIES[name].says}" if number else "", again]
     layer = "" if s is None else f"{calls.name_of(s.layer)}"
     mode = "" if s is None or not subject.has_modes(s.layer) else f" ({_mode(s.layer)})"
-    return f"{layer}{mode}: " + "\n".join(lines).rstrip()
+    return (f"{layer}{mode}: " if layer else "") + "\n".join(lines).rstrip()
 
 
 def _guesses(error: CheckFailure, name: str, s: Sample, rich: Sequence[Sample]) -> list[str]:

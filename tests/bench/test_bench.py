@@ -88,6 +88,16 @@ def test_a_ratio_whose_interval_holds_one_is_no_difference():
     assert len(timed(lambda: None)(3)) == 1
 
 
+def test_profile_refuses_to_drop_what_waits_for_a_backward():
+    model = hg.Linear(3, 4)
+    model(torch.ones(2, 3))
+    with pytest.raises(hg.StateError, match=r"profile: a forward still waits for its backward"):
+        bench.profile(model, torch.ones(2, 3), torch.ones(2, 4))
+    model.drop_records()
+    with torch.no_grad():
+        assert len(bench.profile(model, torch.ones(2, 3), torch.ones(2, 4), seconds=0.0).rows) == 3
+
+
 def test_profile_has_a_row_a_layer_and_leaves_the_model_as_it_was():
     model = hg.Sequential(hg.Embedding(5, 3), hg.Flatten(), hg.Sequential(hg.Linear(6, 4), hg.BatchNorm1d(4)))
     before = {name: t.clone() for name, t in model.state_dict().items()}
