@@ -211,11 +211,11 @@ class CompiledTrainStep(TrainStep):
     def _run(self, graph: Callable[..., Tensor], x: Any, target: Any, groups: list[Group]) -> Tensor:
         try:
             return graph(x, target, groups)
-        except Exception as error:
-            self._explain(x, target, graph is self._many, error)
+        except Exception:
+            self._explain(x, target, many=graph is self._many)
             raise
 
-    def _explain(self, x: Any, target: Any, many: bool, error: Exception) -> None:
+    def _explain(self, x: Any, target: Any, *, many: bool) -> None:
         """Raise what the layers say of these inputs when no graph hides it, if they say anything; on copies of them."""
         try:
             model, loss = copy.deepcopy((self.model, self.loss))
@@ -227,7 +227,7 @@ class CompiledTrainStep(TrainStep):
                 dout = loss.backward()
                 model.backward(dout)
             except Exception as plain:
-                raise plain from error
+                raise plain from None
 
     def _after(self, groups: list[Group]) -> None:
         if groups and isinstance(self.optimizer, SGD):
