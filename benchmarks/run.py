@@ -43,6 +43,7 @@ def markdown(results: Path) -> str:
     ]
     for name, show in (
         ("layers", layers),
+        ("layers_kept", layers),
         ("names_mlp", steps),
         ("wide_1", steps),
         ("wide_2", steps),
@@ -83,12 +84,13 @@ def layers(data: dict[str, Any]) -> tuple[str, Sequence[Sequence[str]], list[str
     ratios = [(r["layer"], r["by"]["autograd"]["ratio"]["both"][0]) for r in results]
     mean = geometric_mean([ratio for _, ratio in ratios])
     of_model = geometric_mean([ratio for name, ratio in ratios if name in OF_THE_MLP])
+    memory = "without fresh pages" if data.get("keep_memory") else "memory as the allocator gives it"
     notes = [
         "Autograd's time over ours, forward and backward, one thread, float32: above 1 handgrad is faster, = means no",
-        f"difference beyond the noise. Geometric mean {mean:.2f}; of {', '.join(OF_THE_MLP)} {of_model:.2f}.",
+        f"difference beyond the noise; {memory}. Geometric mean {mean:.2f}; of {', '.join(OF_THE_MLP)} {of_model:.2f}.",
         "Memory at the largest size.",
     ]
-    return "Layers against autograd", rows, notes
+    return "Layers against autograd" + (", freed memory kept" if data.get("keep_memory") else ""), rows, notes
 
 
 def halves(data: dict[str, Any]) -> tuple[str, Sequence[Sequence[str]], list[str]]:
@@ -151,12 +153,15 @@ def main() -> None:
     if not args.only_report:
         bench = [sys.executable, "-m", "handgrad.bench"]
         every = [*bench, "--json", str(out / "layers.json"), "--plot", str(out / "layers.png")]
+        kept = [*bench, "--json", str(out / "layers_kept.json"), "--keep-memory"]
         wide = [*bench, "--json", str(out / "wide_layers.json"), "--sizes", "1024x1024"]
         for name in OF_THE_MLP:
+            kept += ["--layer", name]
             wide += ["--layer", name]
         turns = "2" if args.quick else "60"
         commands = [
             [*every, "--seconds", "0.05" if args.quick else "1", *(["--sizes", "32x64"] if args.quick else [])],
+            [*kept, "--seconds", "0.05" if args.quick else "2", *(["--sizes", "32x64"] if args.quick else [])],
             script("names_mlp.py", "--seconds", turns, "--json", str(out / "names_mlp.json")),
             script("names_mlp.py", "--wide", "--seconds", turns, "--json", str(out / "wide_1.json")),
             script("names_mlp.py", "--wide", "--threads", "2", "--seconds", turns, "--json", str(out / "wide_2.json")),

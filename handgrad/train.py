@@ -70,7 +70,7 @@ class TrainStep:
             problem = "none of the parameters of model and loss; make it of model.parameters()"
             raise ArgumentError(f"TrainStep: the optimizer updates {problem}")
         if keep_memory:
-            _keep_freed_memory()
+            keep_freed_memory()
 
     def __call__(self, x: Any, target: Any) -> Tensor:
         """Do one step; returns the loss, as it was before the update."""
@@ -246,7 +246,7 @@ def _bare(optimizer: torch.optim.Optimizer) -> TypeGuard[SGD]:
     )
 
 
-def _keep_freed_memory() -> None:
+def keep_freed_memory() -> None:
     """Have malloc serve large tensors from memory that it keeps; without effect where the C library is not glibc."""
     trim_threshold, mmap_threshold = -1, -3  # their numbers in malloc.h
     if sys.platform == "linux":

@@ -17,6 +17,7 @@ from handgrad.bench.compare import Comparison, compare
 from handgrad.bench.environment import environment
 from handgrad.bench.report import as_dict, head, lines, plot, write_json
 from handgrad.errors import HandgradError
+from handgrad.train import keep_freed_memory
 
 SIZES = "32x64,256x512,4096x1024"
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
@@ -39,6 +40,11 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--sizes", type=_sizes, default=_sizes(SIZES), help=f"rows x columns, ... (default: {SIZES})")
     p.add_argument("--dtype", choices=DTYPES, default="float32", help="(default: float32)")
     p.add_argument("--threads", type=int, default=1, help="threads of torch (default: 1)")
+    p.add_argument(
+        "--keep-memory",
+        action="store_true",
+        help="keep freed memory in the process, as TrainStep does: without fresh pages, which cost both the same",
+    )
     p.add_argument("--compiled", action="store_true", help="the torch module under torch.compile, too")
     p.add_argument("--seconds", type=float, default=1.0, help="for each layer and size, more if needed (default: 1)")
     p.add_argument("--json", type=Path, help="write the results to this file")
@@ -58,6 +64,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         p.error(f"--threads must be at least 1, got {args.threads}")
     before = torch.get_num_threads()
     torch.set_num_threads(args.threads)
+    if args.keep_memory:
+        keep_freed_memory()
     try:
         results = run(cases, args.sizes, DTYPES[args.dtype], args.compiled, args.seconds)
     except HandgradError as error:
@@ -71,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     else:
         if args.json:
-            write_json(args.json, [as_dict(r) for r in results], dtype=args.dtype)
+            write_json(args.json, [as_dict(r) for r in results], dtype=args.dtype, keep_memory=args.keep_memory)
         if args.plot:
             plot(args.plot, results, f"{args.dtype}, {args.threads} thread(s), {environment()['machine']}")
     finally:
