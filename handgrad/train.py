@@ -33,8 +33,8 @@ class TrainStep:
     An interruption (an error, Ctrl-C) leaves no half-used record behind.
 
     ``step.many(xs, targets)`` does the steps of several minibatches, ``step.compile()`` gives the same two calls with
-    the whole step in one compiled graph. Any torch.optim optimizer that steps without a closure will
-    do; the SGD of handgrad costs least.
+    the whole step in one compiled graph. Any optimizer of torch.optim will do that steps without a
+    closure; the SGD of handgrad costs least.
 
     A step frees what the next one needs again. So that large tensors need no fresh pages, which cost more than the
     arithmetic, making a TrainStep tells the C library to keep freed memory in the process, for good, as torch does on a
