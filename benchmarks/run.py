@@ -158,10 +158,10 @@ def main() -> None:
         for name in OF_THE_MLP:
             kept += ["--layer", name]
             wide += ["--layer", name]
-        turns = "2" if args.quick else "60"
+        turns, sizes = "2" if args.quick else "60", ["--sizes", "32x64"] if args.quick else []
         commands = [
-            [*every, "--seconds", "0.05" if args.quick else "1", *(["--sizes", "32x64"] if args.quick else [])],
-            [*kept, "--seconds", "0.05" if args.quick else "2", *(["--sizes", "32x64"] if args.quick else [])],
+            [*every, "--seconds", "0.05" if args.quick else "1", *sizes],
+            [*kept, "--seconds", "0.05" if args.quick else "2", *sizes],
             script("names_mlp.py", "--seconds", turns, "--json", str(out / "names_mlp.json")),
             script("names_mlp.py", "--wide", "--seconds", turns, "--json", str(out / "wide_1.json")),
             script("names_mlp.py", "--wide", "--threads", "2", "--seconds", turns, "--json", str(out / "wide_2.json")),

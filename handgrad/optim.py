@@ -114,10 +114,16 @@ def descend(
             torch._foreach_add_(moved, grads, alpha=share)
         else:
             moved = [g.clone() if b is None else b.mul_(momentum).add_(g, alpha=share) for b, g in zip(buffers, grads)]
-        onward = torch._foreach_add(grads, torch._foreach_mul(moved, momentum)) if group["nesterov"] else moved
-        grads = list(onward)
+        grads = _plus(grads, moved, momentum) if group["nesterov"] else moved
     if isinstance(lr, Tensor):
         torch._foreach_sub_(params, torch._foreach_mul(grads, lr))
     else:
         torch._foreach_add_(params, grads, alpha=-lr)
     return moved
+
+
+def _plus(tensors: list[Tensor], others: list[Tensor], factor: float | Tensor) -> list[Tensor]:
+    """``tensors + factor others``: in one operation, unless the factor is a tensor."""
+    if isinstance(factor, Tensor):
+        return list(torch._foreach_add(tensors, torch._foreach_mul(others, factor)))
+    return list(torch._foreach_add(tensors, others, alpha=factor))
