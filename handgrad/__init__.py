@@ -15,22 +15,22 @@ from handgrad.layer import Layer, buffer, parameter
 from handgrad.layers.activation import GELU, LeakyReLU, LogSoftmax, ReLU, Sigmoid, SiLU, Softmax, Tanh
 from handgrad.layers.attention import SelfAttention
 from handgrad.layers.batchnorm import BatchNorm1d
-from handgrad.layers.branches import Concat, Identity, Parallel, Product, Residual, Sum
-from handgrad.layers.container import Sequential
+from handgrad.layers.cells import GRUCell, LSTMCell, RNNCell
+from handgrad.layers.containers import Concat, Identity, Parallel, Product, Residual, Sequential, Sum
 from handgrad.layers.conv import Conv1d, Conv2d
 from handgrad.layers.dropout import Dropout
 from handgrad.layers.flatten import Flatten, FlattenConsecutive
 from handgrad.layers.linear import Linear
 from handgrad.layers.normalization import LayerNorm, RMSNorm
 from handgrad.layers.pooling import AvgPool2d, MaxPool2d
-from handgrad.layers.rnn import GRUCell, LSTMCell, RNNCell
+from handgrad.layers.recurrent import GRU, LSTM, RNN, Unroll
 from handgrad.layers.sparse import Embedding
-from handgrad.layers.unroll import Unroll
 from handgrad.losses.bce import BCEWithLogits
 from handgrad.losses.cross_entropy import CrossEntropy
 from handgrad.losses.linear_cross_entropy import LinearCrossEntropy
 from handgrad.losses.loss import Loss
 from handgrad.losses.mse import MSE
+from handgrad.memory import keep_freed_memory
 from handgrad.optim import SGD
 from handgrad.train import TrainStep
 
@@ -38,7 +38,10 @@ __version__ = "0.1.0"
 
 __all__ = [
     "GELU",
+    "GRU",
+    "LSTM",
     "MSE",
+    "RNN",
     "SGD",
     "ArgumentError",
     "AvgPool2d",
@@ -87,6 +90,7 @@ __all__ = [
     "Unroll",
     "buffer",
     "from_torch",
+    "keep_freed_memory",
     "parameter",
     "to_torch",
 ]

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from handgrad.errors import ArgumentError, DtypeError, HandgradError, StateError
-from handgrad.layer import Layer, Record, buffer, parameter
+from handgrad.layer import Layer, Record, arity, buffer, parameter
 from handgrad.losses.loss import Loss
 
 
@@ -198,7 +198,7 @@ class _LayerCall(torch.autograd.Function):
         create_graph = torch.is_grad_enabled()
         with torch.no_grad(), module._bound(ctx.bound), module._with_records(ctx.records):
             try:
-                dx = layer.backward(dout) if need_dx or not layer.takes_need_dx else layer.backward(dout, need_dx=False)
+                dx = layer.backward_at(None, dout, need_dx)
                 grads = [t.grad for t in ctx.bound]
             finally:
                 for t in ctx.bound:
@@ -262,6 +262,7 @@ class ModuleLayer(_Holder):
     def __init__(self, module: nn.Module) -> None:
         super().__init__(module)
         self.module = module
+        self._arity = arity(module.forward)
         plain: dict[int, Tensor] = {}  # a shared parameter is one tensor here, too
         for path, holder in self._walk():
             inner = module.get_submodule(path)

@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from handgrad.layer import Layer
-
 
 class HandgradError(Exception):
     """The base of every error of handgrad: `except HandgradError` catches them all.
 
-    The message says what must hold, what came, and what to do. A container that the error passes through on its way
-    out adds its own step to `path`, so that the text ends up naming the place, as in
-    ``in 3 (BatchNorm1d(64)): BatchNorm1d(64).forward: ...``.
+    The message says what must hold, what came, and what to do. On its way out of nested layers the error collects the
+    name of each in `path`, so that the text names the place: ``in 3 (BatchNorm1d(64)): BatchNorm1d(64).forward: ...``.
     """
 
     def __init__(self, message: str) -> None:
@@ -52,16 +46,3 @@ class StateDictError(HandgradError, RuntimeError):
 
 class CompileError(HandgradError, RuntimeError):
     """A graph cannot be compiled here: there is no C++ compiler."""
-
-
-def locate(error: Exception, step: str, layer: Layer) -> None:
-    """Add `step`, the name under which a container knows `layer`, to the place that `error` reports.
-
-    An error of handgrad carries the place in its text. Any other error keeps its type and text and gets the place as
-    a note (Python 3.11 and newer print it below the message).
-    """
-    if isinstance(error, HandgradError):
-        error.path.insert(0, step)
-        error.place = error.place or repr(layer)
-    elif hasattr(error, "add_note"):
-        error.add_note(f"in {step} ({layer!r})")

@@ -12,7 +12,6 @@ Three conventions come from PyTorch. A parameter is a plain tensor and its gradi
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar, NamedTuple, TypeAlias, TypeVar
 
@@ -23,11 +22,7 @@ from torch.compiler import is_compiling
 from handgrad.errors import DtypeError, HandgradError, ShapeError, StateDictError, StateError
 
 L = TypeVar("L", bound="Layer")
-
-LOG2_E = math.log2(math.e)
-FEW = 1 << 12  # numbers below which a further call costs more than it can save
-WHOLE = 1 << 20  # numbers that are not cut in pieces: up to there the calls cost more than the trips to memory
-BLOCK = 1 << 17  # numbers in a piece: 512 KB of float32, so that three pieces are within a core's own cache
+MANY = float("inf")  # inputs: as many as a forward of *inputs is given
 
 
 class _Declaration(NamedTuple):
@@ -64,45 +59,7 @@ Spec: TypeAlias = tuple[torch.Size, torch.dtype] | list[Any]
 
 Record: TypeAlias = tuple[tuple[Any, ...], list[tuple[Tensor, int]], Spec]
 """What one forward left for its backward: what it saved, the tensors among it, each with how often it had been changed
-in place by then, and what dout must be like. Plain tuples: every step makes one a layer."""
-
-
-def blockwise(formula: Callable[..., Tensor], *tensors: Tensor, out: Tensor | None = None, scratch: int = 0) -> Tensor:
-    """``formula(*tensors, out, *scratch)``, computed on pieces along dimension 0 that the processor's cache can hold.
-
-    Several passes over a piece cost one trip to memory, which for large tensors is what takes the time. The formula
-    takes its pieces of the tensors, which are as long as each other, and then the memory to write to: `out`, for its
-    result (like the first tensor where none is given), and `scratch` more for what comes between, the same for every
-    piece, because fresh memory costs more than the arithmetic. It passes them on as `out=` and returns its result.
-
-    Small tensors come whole, without that memory: None as `out=` means fresh memory, too. So do all tensors in a
-    compiled graph, which makes one pass of several by itself.
-    """
-    first = tensors[0]
-    count = first.numel()
-    if count <= WHOLE or is_compiling():
-        return formula(*tensors, out, *[None] * scratch)
-    length = max(1, BLOCK * len(first) // count)
-    whole = torch.empty_like(first) if out is None else out
-    spare = [torch.empty_like(first[:length]) for _ in range(scratch)]
-    for piece in zip(*[torch.split(t, length) for t in (*tensors, whole)]):
-        formula(*piece, *[t[: len(piece[0])] for t in spare])
-    return whole
-
-
-def exp(x: Tensor, out: Tensor | None = None) -> Tensor:
-    """``e^x``; of many numbers as ``2^(LOG2_E x)``, for torch's exp2 is up to three times as fast as its exp.
-
-    The product with LOG2_E is rounded, so that a relative error of eps becomes one of (1 + |x|) eps.
-    """
-    if x.numel() < FEW or is_compiling():
-        return torch.exp(x, out=out)
-    return torch.mul(x, LOG2_E, out=out).exp2_()
-
-
-def total(parts: list[Any]) -> Any:
-    """Each piece gave a tuple of sums over its own rows: the tuple of those over all rows."""
-    return parts[0] if len(parts) == 1 else tuple([torch.stack(sums).sum(0) for sums in zip(*parts)])
+in place by then, and what dout must be like. Plain tuples: every step makes one per layer."""
 
 
 class LoadResult(NamedTuple):
@@ -124,12 +81,15 @@ class Layer:
     `add_grad(param, g)`    in backward: add g to param.grad
     ======================  ============================================================================
 
+    A layer that calls layers inside it does so through their `forward_at` and `backward_at`.
+
     What the two must do:
 
     - `forward` checks first, never modifies its input, and pushes exactly one record.
     - `backward` pops exactly one record, *adds* to each parameter's gradient a tensor that nobody else holds, never
       modifies dout, and returns dx with the shape and dtype of x: None for an integer x, a tuple for several inputs.
-    - A `backward(dout, need_dx=True)` that takes the keyword is told when nobody wants dx, and may then return None.
+    - A `backward(dout, need_dx=True)` that takes the keyword is told when nobody wants dx, of the first input where
+      there are several, and may then return None for it.
     - Both are plain tensor arithmetic: no autograd.
 
     There is no `super().__init__()` to forget.
@@ -152,7 +112,9 @@ class Layer:
 
     training: bool
     takes_need_dx: ClassVar[bool] = False
+    shown: ClassVar[tuple[str, ...]] = ()  # the arguments that repr shows without their names: "3 -> 4"
     _declared: ClassVar[dict[str, _Declaration]] = {}
+    _arity: tuple[int, float] = (1, 1)
     _records: list[Record]
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -162,6 +124,8 @@ class Layer:
             delattr(cls, name)  # an attribute that __init__ forgot is an AttributeError, not a declaration
         cls._declared = {**cls._declared, **own}
         cls.takes_need_dx = "need_dx" in inspect.signature(cls.backward).parameters
+        if "forward" in vars(cls) and "_arity" not in vars(cls):
+            cls._arity = arity(cls.forward, given=1)
 
     def __new__(cls: type[L], *args: Any, **kwargs: Any) -> L:
         self = super().__new__(cls)
@@ -179,18 +143,73 @@ class Layer:
         """Compute dx from dout and add to the parameters' gradients. Subclasses define it."""
         raise NotImplementedError(f"{type(self).__name__} must define backward")
 
-    def extra_repr(self) -> str:
-        """What stands between the parentheses of `repr`: sizes, and whatever differs from the defaults."""
-        return ""
-
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.forward(*args, **kwargs)
+
+    # ------------------------------------------------------------------ a layer inside a layer
+
+    def forward_at(self, place: str | int | None, x: Any) -> Any:
+        """Call forward as the layer around this one does, which knows it as `place`: a name that errors then mention.
+
+        A tuple is spread over a forward of several inputs: one with two or more positional parameters, or `*inputs`. A
+        forward of one input gets the tuple itself. Without a place, the caller is no layer.
+
+        >>> from handgrad import GRUCell, Linear
+        >>> GRUCell(3, 4).forward_at("cell", (torch.ones(2, 3), torch.zeros(2, 4))).shape
+        torch.Size([2, 4])
+        >>> Linear(3, 4).forward_at("head", torch.ones(2, 5))
+        Traceback (most recent call last):
+        handgrad.errors.ShapeError: in head (Linear(3 -> 4)): Linear(3 -> 4).forward: last dimension of x must be 3, ...
+        """
+        try:
+            if isinstance(x, tuple) and self._arity[1] > 1:
+                least, most = self._arity
+                if not least <= len(x) <= most:
+                    raise self._wrong_count(len(x))
+                return self.forward(*x)
+            return self.forward(x)
+        except Exception as error:
+            self._locate(error, place)
+            raise
+
+    def backward_at(self, place: str | int | None, dout: Any, need_dx: bool = True) -> Any:
+        """Call backward as the layer around this one does: the counterpart of `forward_at`.
+
+        With need_dx=False nobody wants dx: a backward that takes the keyword is told, and what any other one returns
+        is of no use.
+        """
+        try:
+            if need_dx or not self.takes_need_dx:
+                return self.backward(dout)
+            return self.backward(dout, need_dx=False)
+        except Exception as error:
+            self._locate(error, place)
+            raise
+
+    def _locate(self, error: Exception, place: str | int | None) -> None:
+        """Add `place` to what the error says of where it happened.
+
+        An error of handgrad carries the place in its text. Any other error keeps its type and text and gets the place
+        as a note (Python 3.11 and newer print it below the message).
+        """
+        if place is None:
+            return
+        if isinstance(error, HandgradError):
+            error.path.insert(0, str(place))
+            error.place = error.place or self._head()
+        elif hasattr(error, "add_note"):
+            error.add_note(f"in {place} ({self._head()})")
+
+    def _wrong_count(self, count: int) -> HandgradError:
+        least, most = self._arity
+        wanted = f"{least}" if least == most else f"{least} to {most}" if most < MANY else f"at least {least}"
+        return self.error(ShapeError, "forward", f"takes {wanted} inputs, got a tuple of {count}")
 
     # ------------------------------------------------------------------ what forward and backward use
 
     def error(self, kind: type[HandgradError], where: str, problem: str) -> HandgradError:
-        """Make an error whose text begins with this layer's repr and the method it happened in."""
-        return kind(f"{self!r}.{where}: {problem}")
+        """Make an error whose text begins with this layer, its sizes and options, and the method it happened in."""
+        return kind(f"{self._head()}.{where}: {problem}")
 
     def check_input(self, x: Tensor, dtype: torch.dtype | None = None) -> None:
         """Raise DtypeError unless x is a tensor of `dtype`, or of any floating dtype where none is given."""
@@ -282,7 +301,7 @@ class Layer:
             if not isinstance(dout, tuple) or len(dout) != len(spec):
                 came = f"a tuple of {len(dout)}" if isinstance(dout, tuple) else type(dout).__name__
                 raise self.error(
-                    ShapeError, "backward", f"dout must be a tuple of {len(spec)} tensors, one an output, got {came}"
+                    ShapeError, "backward", f"dout must be a tuple of {len(spec)} tensors, one per output, got {came}"
                 )
             for d, s in zip(dout, spec):
                 self._check_dout(d, s)
@@ -426,8 +445,54 @@ class Layer:
         """Copies and pickles carry the layer, not the forwards that wait for their backward."""
         return {name: value for name, value in vars(self).items() if name != "_records"}
 
-    def __repr__(self) -> str:
+    def extra_repr(self) -> str:
+        """What stands between the parentheses of `repr`: the arguments in `shown`, and those that are not the defaults.
+
+        An argument of `__init__` is shown by the attribute of its name, where there is one.
+        """
+        first = [
+            str(value[0] if isinstance(value := getattr(self, name), tuple) and len(value) == 1 else value)
+            for name in self.shown
+        ]
+        parts = [" -> ".join(first)] if first else []
+        for name, argument in inspect.signature(type(self).__init__).parameters.items():
+            value = _UNSHOWN if argument.kind is argument.VAR_POSITIONAL else vars(self).get(name, _UNSHOWN)
+            if name in self._declared and isinstance(argument.default, bool):
+                value = value is not None  # bias=True, and the parameter `bias`
+            if isinstance(value, Tensor):
+                parts.append(f"{name} of shape {tuple(value.shape)}")
+            elif name not in self.shown and isinstance(value, _SHOWN) and not _is(value, argument.default):
+                parts.append(f"{name}={value!r}")
+        return ", ".join(parts)
+
+    def _head(self) -> str:
         return f"{type(self).__name__}({self.extra_repr()})"
+
+    def __repr__(self) -> str:
+        """One line; and one for each layer inside, unless this one has tensors of its own."""
+        inside = [] if self._declared else list(self.named_children())
+        if not inside:
+            return self._head()
+        rows = [f"  ({name}): " + repr(layer).replace("\n", "\n  ") for name, layer in inside]
+        return "\n".join([self._head()[:-1], *rows, ")"])
+
+
+_UNSHOWN = object()
+_SHOWN = (bool, int, float, str, tuple, list, type(None))
+
+
+def _is(value: Any, default: Any) -> bool:
+    """Whether an argument has its default, which for a pair may be the number that stands for both."""
+    return bool(value == default) or (isinstance(value, tuple) and value == (default,) * len(value))
+
+
+def arity(forward: Callable[..., Any], given: int = 0) -> tuple[int, float]:
+    """How many inputs a forward takes, at least and at the most, beside the first `given` ones (self)."""
+    parameters = list(inspect.signature(forward).parameters.values())
+    positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)][given:]
+    if any(p.kind is p.VAR_POSITIONAL for p in parameters):
+        return len(positional), MANY
+    return len([p for p in positional if p.default is p.empty]), len(positional)
 
 
 def _spec(out: Any) -> Spec:

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import ctypes
 import inspect
-import sys
 from collections.abc import Callable, Sequence
 from typing import Any, TypeGuard
 
@@ -33,12 +30,8 @@ class TrainStep:
     An interruption (an error, Ctrl-C) leaves no half-used record behind.
 
     ``step.many(xs, targets)`` does the steps of several minibatches, ``step.compile()`` gives the same two calls with
-    the whole step in one compiled graph. Any optimizer of torch.optim will do that steps without a
-    closure; the SGD of handgrad costs least.
-
-    A step frees what the next one needs again. So that large tensors need no fresh pages, which cost more than the
-    arithmetic, making a TrainStep tells the C library to keep freed memory in the process, for good, as torch does on a
-    GPU; `keep_memory=False` leaves the C library as it is. Nothing is shared that way: each result is a new tensor.
+    the whole step in one compiled graph. Any optimizer of torch.optim can be used whose `step()` needs no closure; the
+    SGD of handgrad costs least. A model of large tensors is faster after one call of `handgrad.keep_freed_memory()`.
 
     Raises StateError where an earlier forward of the model still waits for its backward; ArgumentError for a loss that
     is none of handgrad's, and for an optimizer that has none of the parameters or, as LBFGS, wants a closure.
@@ -54,7 +47,7 @@ class TrainStep:
     torch.Size([2])
     """
 
-    def __init__(self, model: Layer, loss: Loss, optimizer: torch.optim.Optimizer, *, keep_memory: bool = True) -> None:
+    def __init__(self, model: Layer, loss: Loss, optimizer: torch.optim.Optimizer) -> None:
         if not isinstance(loss, Loss):
             problem = f"a loss of handgrad, such as CrossEntropy(), got {type(loss).__name__}"
             raise ArgumentError(f"TrainStep: the loss must be {problem}")
@@ -69,8 +62,6 @@ class TrainStep:
         if self.params and not updated & {id(p) for p in self.params}:
             problem = "none of the parameters of model and loss; make it of model.parameters()"
             raise ArgumentError(f"TrainStep: the optimizer updates {problem}")
-        if keep_memory:
-            keep_freed_memory()
 
     def __call__(self, x: Any, target: Any) -> Tensor:
         """Do one step; returns the loss, as it was before the update."""
@@ -115,13 +106,10 @@ class TrainStep:
         return CompiledTrainStep(self, chunk)
 
     def _forward_backward(self, x: Any, target: Any) -> Tensor:
-        out: Tensor = self.loss.forward(self.model.forward(x), target)
+        out: Tensor = self.loss.forward(self.model.forward_at(None, x), target)
         for param in self.params:
             param.grad = None
-        if self.model.takes_need_dx:
-            self.model.backward(self.loss.backward(), need_dx=False)  # in a variable, dout would outlive its use
-        else:
-            self.model.backward(self.loss.backward())
+        self.model.backward_at(None, self.loss.backward(), need_dx=False)
         return out
 
     def _refuse_leftovers(self) -> None:
@@ -137,7 +125,7 @@ class CompiledTrainStep(TrainStep):
     def __init__(self, step: TrainStep, chunk: int) -> None:
         if chunk < 1:
             raise ArgumentError(f"TrainStep.compile: chunk must be at least 1, got {chunk}")
-        super().__init__(step.model, step.loss, step.optimizer, keep_memory=False)  # as `step` has decided
+        super().__init__(step.model, step.loss, step.optimizer)
         self.chunk = chunk
         self._scheduled: list[dict[str, Tensor]] = []  # by parameter group
         if any(p.device.type == "cpu" for p in self.params):
@@ -244,16 +232,6 @@ def _bare(optimizer: torch.optim.Optimizer) -> TypeGuard[SGD]:
         or torch_optimizer._global_optimizer_pre_hooks
         or torch_optimizer._global_optimizer_post_hooks
     )
-
-
-def keep_freed_memory() -> None:
-    """Have malloc serve large tensors from memory that it keeps; without effect where the C library is not glibc."""
-    trim_threshold, mmap_threshold = -1, -3  # their numbers in malloc.h
-    if sys.platform == "linux":
-        with contextlib.suppress(OSError, AttributeError):
-            malloc_option = ctypes.CDLL(None).mallopt
-            malloc_option(mmap_threshold, 1 << 30)
-            malloc_option(trim_threshold, -1)  # never
 
 
 def _length(xs: Tensor | Sequence[Any], targets: Tensor | Sequence[Any]) -> int:

@@ -241,9 +241,10 @@ for cell, module, state in (
     (hg.LSTMCell, nn.LSTM, ("N H",) * 2),
 ):
     layer(
-        f"{cell.__name__} over time",
-        lambda D, H, bias, cell=cell: hg.Unroll(cell(D, H, bias)),
+        f"Unroll of {cell.__name__}",
+        lambda D, H, bias, cell=cell: hg.Unroll(cell(D, H, bias), return_state=True),
         ["N T D", state],
+        covers=hg.Unroll,
         options={"bias": BOTH},
         reference=lambda layer, x, state, module=module: _recurrent(module, layer.cell, x, state),
     )
@@ -279,56 +280,67 @@ layer(
 )
 
 
-class LSTMByStep(hg.LSTMCell):
-    """A cell with a forward of its own, so that Unroll asks it for each step."""
-
-    def forward(self, x: torch.Tensor, state: Any = None) -> Any:
-        return super().forward(x, state)
-
-
-class GRUByStep(hg.GRUCell):
-    """Likewise, and its state is one tensor."""
-
-    def forward(self, x: torch.Tensor, state: Any = None) -> Any:
-        return super().forward(x, state)
-
-
 layer(
     "Unroll",
     lambda D, H: hg.Unroll(hg.RNNCell(D, H)),
     "N T D",
     reference=lambda layer, x: _recurrent(nn.RNN, layer.cell, x),
 )
-layer(
-    "Unroll step by step",
-    lambda D, H: hg.Unroll(LSTMByStep(D, H)),
-    "N T D",
-    reference=lambda layer, x: _recurrent(nn.LSTM, layer.cell, x),
-)
-layer(
-    "Unroll step by step with a state",
-    lambda D, H: hg.Unroll(LSTMByStep(D, H)),
-    ["N T D", ("N H", "N H")],
-    reference=lambda layer, x, state: _recurrent(nn.LSTM, layer.cell, x, state),
-)
-layer("Unroll with a state", lambda D, H: hg.Unroll(hg.LSTMCell(D, H)), ["N T D", ("N H", "N H")])
+layer("Unroll with a state in and none out", lambda D, H: hg.Unroll(hg.LSTMCell(D, H)), ["N T D", ("N H", "N H")])
+layer("Unroll with a state out and none in", lambda D, H: hg.Unroll(hg.GRUCell(D, H), return_state=True), "N T D")
 layer(
     "Unroll truncated",
-    lambda D, H: hg.Unroll(hg.GRUCell(D, H), steps=2),
-    "N T D",
-    skip={"differences": "the state handed over every second step counts as a constant"},
-)
-layer(
-    "Unroll over the first dimension",
-    lambda D, H: hg.Unroll(hg.LSTMCell(D, H), 0),
-    "T N D",
-)
-layer(
-    "Unroll truncated step by step",
-    lambda D, H, steps: hg.Unroll(GRUByStep(D, H), steps=steps),
+    lambda D, H, steps: hg.Unroll(hg.GRUCell(D, H), steps=steps),
     "N T D",
     options={"steps": [1, 2]},
     skip={"differences": "the state handed over counts as a constant"},
+)
+layer(
+    "Unroll truncated with a state",
+    lambda D, H: hg.Unroll(hg.LSTMCell(D, H), steps=2, return_state=True),
+    ["N T D", ("N H", "N H")],
+    skip={"differences": "the state handed over every second step counts as a constant"},
+)
+layer("Unroll over the first dimension", lambda D, H: hg.Unroll(hg.LSTMCell(D, H), 0), "T N D")
+
+
+def _sequence(module: type[nn.RNNBase], layer: Any, x: torch.Tensor, state: Any = None) -> Any:
+    """torch's module on the layer's weights, its state without the dimension of layers."""
+    kind = {"nonlinearity": layer.nonlinearity} if module is nn.RNN else {}
+    rnn = module(layer.input_size, layer.hidden_size, bias=layer.bias, batch_first=layer.batch_first, **kind).to(
+        x.dtype
+    )
+    first = tuple([s[None] for s in state]) if isinstance(state, tuple) else None if state is None else state[None]
+    out, last = torch.func.functional_call(rnn, dict(layer.named_parameters()), (x, first))
+    last = tuple([s[0] for s in last]) if isinstance(last, tuple) else last[0]
+    return (out, last) if layer.return_state else out
+
+
+for kind, module, state in ((hg.RNN, nn.RNN, "N H"), (hg.GRU, nn.GRU, "N H"), (hg.LSTM, nn.LSTM, ("N H",) * 2)):
+    name = kind.__name__
+    torchs = lambda layer, x, state=None, module=module: _sequence(module, layer, x, state)  # noqa: E731
+    layer(
+        name,
+        lambda D, H, bias, batch_first, return_state, kind=kind: kind(
+            D, H, bias=bias, batch_first=batch_first, return_state=return_state
+        ),
+        "T N D",
+        options={"bias": BOTH, "batch_first": BOTH, "return_state": [False] if kind is hg.LSTM else BOTH},
+        reference=torchs,
+    )
+    layer(
+        f"{name} with a state",
+        lambda D, H, return_state, kind=kind: kind(D, H, return_state=return_state),
+        ["T N D", state],
+        options={"return_state": BOTH},
+        reference=torchs,
+    )
+    layer(f"{name} of one sequence", lambda D, H, kind=kind: kind(D, H), "T D", reference=torchs)
+layer(
+    "RNN with relu",
+    lambda D, H: hg.RNN(D, H, nonlinearity="relu"),
+    "T N D",
+    reference=lambda layer, x: _sequence(nn.RNN, layer, x),
 )
 CONVOLUTION = {"stride": [1, 2, 3], "padding": [0, 1, 2], "dilation": [1, 2], "bias": BOTH}
 layer(

@@ -26,9 +26,9 @@ def takes_another_way_when_large(layer):
 @pytest.mark.parametrize("name", [n for n, c in CASES.items() if takes_another_way_when_large(c.covers)])
 def test_every_property_as_if_large_of(name, monkeypatch):
     """What goes through memory in pieces does so rightly: here a piece is no more than four numbers, if not one row."""
-    monkeypatch.setattr(handgrad.layer, "FEW", 0)
-    monkeypatch.setattr(handgrad.layer, "WHOLE", 4)
-    monkeypatch.setattr(handgrad.layer, "BLOCK", 4)
+    monkeypatch.setattr(handgrad.pieces, "FEW", 0)
+    monkeypatch.setattr(handgrad.pieces, "WHOLE", 4)
+    monkeypatch.setattr(handgrad.pieces, "PIECE", 4)
     report = CASES[name].run(skip={"sensitivity": "as above", **CASES[name].keywords.get("skip", {})}, examples=25)
     assert report.properties[0].examples > 0
 

@@ -297,31 +297,3 @@ class TestCompiled:
     def test_the_chunk_must_hold_a_step(self):
         with pytest.raises(ArgumentError, match="chunk must be at least 1, got 0"):
             make_step(make_model()).compile(chunk=0)
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="a setting of glibc")
-def test_a_step_that_keeps_memory_hardly_takes_fresh_pages():
-    """By default freed memory stays in the process: after the first steps, large tensors hardly cost page faults.
-
-    A free piece of memory does not always fit at once, so a later step may still take some.
-    """
-    code = """
-import resource, sys, torch
-from handgrad import MSE, SGD, Linear, Sequential, Tanh, TrainStep
-torch.set_num_threads(1)
-model = Sequential(Linear(512, 512), Tanh(), Linear(512, 512), Tanh())
-step = TrainStep(model, MSE(), SGD(model.parameters(), lr=0.1), keep_memory=sys.argv[1] == "True")
-x = torch.randn(20_000, 512)  # 40 MB: malloc by itself gives as much back to the system at once
-for _ in range(3):
-    step(x, x)
-before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for _ in range(4):
-    step(x, x)
-print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
-"""
-    faults = {}
-    for keep in (True, False):
-        command = [sys.executable, "-c", code, str(keep)]
-        faults[keep] = int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-    assert faults[False] > 50_000
-    assert faults[True] < faults[False] / 5

@@ -107,14 +107,14 @@ def profile(model: Layer, x: Any, y: Tensor, loss: Loss | None = None, *, second
 
 
 def _step(model: Layer, loss: Loss, x: Any, y: Tensor) -> None:
-    loss.forward(model.forward(x), y)
+    loss.forward(model.forward_at(None, x), y)
     model.zero_grad()
-    model.backward(loss.backward(), **({"need_dx": False} if model.takes_need_dx else {}))
+    model.backward_at(None, loss.backward(), need_dx=False)
 
 
 def _records(model: Layer, loss: Loss, named: list[tuple[str, Layer]], x: Any, y: Tensor) -> list[int]:
     try:
-        loss.forward(model.forward(x), y)
+        loss.forward(model.forward_at(None, x), y)
         return [recorded_bytes(layer) for _, layer in named]
     finally:
         model.drop_records()

@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from handgrad.errors import ArgumentError, ShapeError
-from handgrad.layer import LOG2_E, Layer, blockwise, exp
+from handgrad.layer import Layer
+from handgrad.pieces import blockwise, exp
 
 
 class Tanh(Layer):
@@ -38,10 +39,9 @@ class Tanh(Layer):
     def backward(self, dout: Tensor) -> Tensor:
         (out,) = self.pop(dout)
 
-        def formula(d: Tensor, o: Tensor, dx: Tensor | None) -> Tensor:
+        def formula(dout: Tensor, out: Tensor) -> Tensor:
             # out = tanh(x)
-            square = torch.mul(o, o, out=dx)
-            return torch.addcmul(d, d, square, value=-1, out=square)
+            return torch.addcmul(dout, dout, out * out, value=-1)  # dout - dout out^2
 
         return blockwise(formula, dout, out)
 
@@ -71,9 +71,9 @@ class Sigmoid(Layer):
     def backward(self, dout: Tensor) -> Tensor:
         (out,) = self.pop(dout)
 
-        def formula(d: Tensor, o: Tensor, dx: Tensor | None) -> Tensor:
+        def formula(dout: Tensor, out: Tensor) -> Tensor:
             # out = 1/(1 + exp(-x))
-            return torch.addcmul(o, o, o, value=-1, out=dx).mul_(d)
+            return dout * torch.addcmul(out, out, out, value=-1)  # dout (out - out^2)
 
         return blockwise(formula, dout, out)
 
@@ -83,7 +83,7 @@ class ReLU(Layer):
 
     Forward:   out = max(x, 0)
     Shapes:    any
-    Backward:  the slope is 1 where x > 0 and 0 elsewhere, the kink at 0 included, hence dx = dout where out > 0, else 0
+    Backward:  the slope is 1 where x > 0, else 0, at the kink x = 0 too. That is the sign of out: dx = dout sign(out)
     Recorded:  out. Changing out in place before the backward is a StateError.
     Raises:    DtypeError; ShapeError and StateError from backward.
 
@@ -103,12 +103,11 @@ class ReLU(Layer):
     def backward(self, dout: Tensor) -> Tensor:
         (out,) = self.pop(dout)
 
-        def formula(d: Tensor, o: Tensor, dx: Tensor) -> Tensor:
+        def formula(dout: Tensor, out: Tensor) -> Tensor:
             # out = max(x, 0)
-            return torch.ne(o, 0, out=dx).mul_(d)
+            return dout * out.sign()  # a number at once: a mask of bools is several times slower
 
-        # the slope is written as a number at once: a mask of bools is several times slower
-        return blockwise(formula, dout, out, out=torch.empty_like(dout))
+        return blockwise(formula, dout, out)
 
 
 class LeakyReLU(Layer):
@@ -116,7 +115,7 @@ class LeakyReLU(Layer):
 
     Forward:   out = x where x > 0, else negative_slope x
     Shapes:    any
-    Backward:  dx = dout where x > 0, else negative_slope dout, the kink at 0 included
+    Backward:  dx = dout where x > 0, else negative_slope dout, at the kink x = 0 too
     Recorded:  x
     Raises:    DtypeError; ShapeError and StateError from backward.
 
@@ -126,6 +125,8 @@ class LeakyReLU(Layer):
     >>> layer.backward(torch.tensor([3.0, 4.0, 5.0]))
     tensor([0.3000, 0.4000, 5.0000])
     """
+
+    shown = ("negative_slope",)
 
     def __init__(self, negative_slope: float = 0.01) -> None:
         self.negative_slope = negative_slope
@@ -139,15 +140,12 @@ class LeakyReLU(Layer):
     def backward(self, dout: Tensor) -> Tensor:
         (x,) = self.pop(dout)
 
-        def formula(d: Tensor, x: Tensor, dx: Tensor) -> Tensor:
+        def formula(dout: Tensor, x: Tensor) -> Tensor:
             # out = x where x > 0, else negative_slope x
-            torch.gt(x, 0, out=dx).mul_(d)  # dout or 0
-            return dx.lerp_(d, self.negative_slope)  # dx + negative_slope (dout - dx)
+            positive = x.sign().relu()  # 1 or 0
+            return torch.lerp(self.negative_slope * dout, dout, positive)
 
-        return blockwise(formula, dout, x, out=torch.empty_like(dout))
-
-    def extra_repr(self) -> str:
-        return f"{self.negative_slope}"
+        return blockwise(formula, dout, x)
 
 
 class SiLU(Layer):
@@ -176,13 +174,13 @@ class SiLU(Layer):
     def backward(self, dout: Tensor) -> Tensor:
         (x,) = self.pop(dout)
 
-        def formula(d: Tensor, x: Tensor, dx: Tensor | None, s: Tensor | None) -> Tensor:
-            # out = x s
-            s = torch.sigmoid(x, out=s)
-            rest = torch.addcmul(x, x, s, value=-1, out=dx)  # x (1 - s)
-            return torch.addcmul(s, s, rest, out=rest).mul_(d)
+        def formula(dout: Tensor, x: Tensor) -> Tensor:
+            # out = x s,  s = 1/(1 + exp(-x))
+            s = torch.sigmoid(x)
+            x_rest = torch.addcmul(x, x, s, value=-1)  # x (1 - s)
+            return dout * torch.addcmul(s, s, x_rest)  # dout (s + s x (1 - s))
 
-        return blockwise(formula, dout, x, scratch=1)
+        return blockwise(formula, dout, x)
 
 
 class GELU(Layer):
@@ -194,7 +192,7 @@ class GELU(Layer):
     Backward:  Phi'(x) = phi(x) = exp(-x^2/2)/sqrt(2 pi), hence
                dx = dout (Phi(x) + x phi(x))
                For the tanh form, (1 + tanh u)/2 = s with s = 1/(1 + exp(-v)), v = 2u, so that out = x s and
-               dx = dout (s + s x v' (1 - s)),  x v' = 2k (x + 3 a x^3) = 3 v - 2w, w = 2k x
+               dx = dout (s + s x v' (1 - s)).  With w = 2k x, v = w + a w x^2 and x v' = w + 3 a w x^2 = w + 3 (v - w)
     Recorded:  x
     Raises:    ArgumentError for an unknown `approximate`; DtypeError; ShapeError and StateError from backward.
     Source:    Hendrycks and Gimpel 2016, arXiv:1606.08415
@@ -220,29 +218,22 @@ class GELU(Layer):
     def backward(self, dout: Tensor) -> Tensor:
         (x,) = self.pop(dout)
 
-        def exact(d: Tensor, x: Tensor, dx: Tensor | None, erf: Tensor | None) -> Tensor:
-            # out = x (1 + erf)/2, erf = erf(x/sqrt 2)
-            density = torch.mul(x, x, out=dx).mul_(-0.5 * LOG2_E).exp2_()  # sqrt(2 pi) phi(x)
-            erf = torch.mul(x, math.sqrt(0.5), out=erf).erf_()
-            erf.addcmul_(x, density, value=math.sqrt(2 / math.pi)).mul_(d)  # dout (erf + 2 x phi(x))
-            return torch.lerp(d, erf, 0.5, out=density)  # (dout + dout (erf + 2 x phi(x)))/2
+        def exact(dout: Tensor, x: Tensor) -> Tensor:
+            # out = x Phi(x)
+            Phi = (1 + torch.erf(x * math.sqrt(1 / 2))) / 2
+            phi = exp(x * x / -2) / math.sqrt(2 * math.pi)
+            return dout * torch.addcmul(Phi, x, phi)  # dout (Phi + x phi)
 
-        def approximate(d: Tensor, x: Tensor, dx: Tensor | None, v: Tensor | None, s: Tensor | None) -> Tensor:
-            # out = x s, s = 1/(1 + exp(-v)), v = w + a w x^2, w = 2k x
-            w = torch.mul(x, 2 * math.sqrt(2 / math.pi), out=dx)
-            square = torch.mul(x, x, out=v)
-            v = torch.addcmul(w, w, square, value=0.044715, out=square)
-            s = torch.sigmoid(v, out=s)
-            rest = w.lerp_(v, 3.0)  # x v' = w + 3 (v - w)
-            rest.addcmul_(rest, s, value=-1)  # x v' (1 - s)
-            return torch.addcmul(s, s, rest, out=rest).mul_(d)
+        def approximate(dout: Tensor, x: Tensor) -> Tensor:
+            # out = x s,  s = 1/(1 + exp(-v)),  v = w + a w x^2,  w = 2k x
+            w = x * (2 * math.sqrt(2 / math.pi))
+            v = torch.addcmul(w, w, x * x, value=0.044715)
+            s = torch.sigmoid(v)
+            xdv = torch.lerp(w, v, 3.0)  # x v' = w + 3 (v - w)
+            xdv_rest = torch.addcmul(xdv, xdv, s, value=-1)  # x v' (1 - s)
+            return dout * torch.addcmul(s, s, xdv_rest)  # dout (s + s x v' (1 - s))
 
-        if self.approximate == "none":
-            return blockwise(exact, dout, x, scratch=1)
-        return blockwise(approximate, dout, x, scratch=2)
-
-    def extra_repr(self) -> str:
-        return "" if self.approximate == "none" else f"approximate={self.approximate!r}"
+        return blockwise(exact if self.approximate == "none" else approximate, dout, x)
 
 
 class Softmax(Layer):
@@ -279,15 +270,11 @@ class Softmax(Layer):
     def backward(self, dout: Tensor) -> Tensor:
         (out,) = self.pop(dout)
 
-        def formula(d: Tensor, o: Tensor, dx: Tensor | None) -> Tensor:
+        def formula(dout: Tensor, out: Tensor) -> Tensor:
             # out_c = exp(x_c) / sum_k exp(x_k)
-            dx = torch.mul(d, o, out=dx)
-            return torch.sub(d, dx.sum(self.dim, keepdim=True), out=dx).mul_(o)
+            return out * (dout - (dout * out).sum(self.dim, keepdim=True))
 
         return _samplewise(formula, self.dim, dout, out)
-
-    def extra_repr(self) -> str:
-        return f"dim={self.dim}"
 
 
 class LogSoftmax(Layer):
@@ -319,15 +306,11 @@ class LogSoftmax(Layer):
     def backward(self, dout: Tensor) -> Tensor:
         (out,) = self.pop(dout)
 
-        def formula(d: Tensor, o: Tensor, dx: Tensor | None) -> Tensor:
+        def formula(dout: Tensor, out: Tensor) -> Tensor:
             # out_c = x_c - log sum_k exp(x_k)
-            dx = exp(o, out=dx).mul_(d.sum(self.dim, keepdim=True))
-            return torch.sub(d, dx, out=dx)
+            return dout - exp(out) * dout.sum(self.dim, keepdim=True)
 
         return _samplewise(formula, self.dim, dout, out)
-
-    def extra_repr(self) -> str:
-        return f"dim={self.dim}"
 
 
 def _check_dim(layer: Layer, x: Tensor, dim: int) -> None:
@@ -337,5 +320,5 @@ def _check_dim(layer: Layer, x: Tensor, dim: int) -> None:
 
 
 def _samplewise(formula: Callable[..., Tensor], dim: int, dout: Tensor, out: Tensor) -> Tensor:
-    """The formula in pieces, which must not cut the dimension that is summed over."""
-    return formula(dout, out, None) if dim in (0, -dout.dim()) else blockwise(formula, dout, out)
+    """The formula piece by piece, unless that would cut the dimension that is summed over."""
+    return formula(dout, out) if dim in (0, -dout.dim()) else blockwise(formula, dout, out)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
@@ -44,6 +42,7 @@ class SelfAttention(Layer):
     True
     """
 
+    shown = ("embed_dim",)
     in_proj_weight: Tensor = parameter("3D", "D")
     in_proj_bias: Tensor | None = parameter("3D")
 
@@ -61,7 +60,7 @@ class SelfAttention(Layer):
         if embed_dim < 1 or num_heads < 1 or embed_dim % num_heads:
             problem = f"num_heads must divide embed_dim, got {num_heads} and {embed_dim}"
             raise ArgumentError(f"SelfAttention: {problem}")
-        self.embed_dim, self.num_heads, self.causal = embed_dim, num_heads, causal
+        self.embed_dim, self.num_heads, self.bias, self.causal = embed_dim, num_heads, bias, causal
         self.in_proj_weight = torch.empty(3 * embed_dim, embed_dim, dtype=dtype, device=device)
         self.in_proj_bias = torch.zeros(3 * embed_dim, dtype=dtype, device=device) if bias else None
         self.out_proj = Linear(embed_dim, embed_dim, bias, generator=generator, dtype=dtype, device=device)
@@ -82,22 +81,20 @@ class SelfAttention(Layer):
             s = s.masked_fill_(torch.ones_like(s[0], dtype=torch.bool).triu(1) if s.numel() else s > 0, -math.inf)
         p = torch.softmax(s, -1)
         y = self._merge(p.bmm(v)).view_as(x)
-        out: Tensor = self.out_proj.forward(y)
+        out: Tensor = self.out_proj.forward_at("out_proj", y)
         self.push(x, q, k, v, p, self.in_proj_weight, out=out)
         return out
 
     def backward(self, dout: Tensor, need_dx: bool = True) -> Tensor | None:
         x, q, k, v, p, in_proj_weight = self.pop(dout)
-        dy: Any = self.out_proj.backward(dout)
-        (dy,) = self._split(dy, 1)
+        (dy,) = self._split(self.out_proj.backward_at("out_proj", dout), 1)
         # y = p v
         dv = p.mT.bmm(dy)
         dp = dy.bmm(v.mT)
         # p = softmax(s)
-        dp.mul_(p)
-        ds = dp.addcmul_(p, dp.sum(-1, keepdim=True), value=-1)
-        # s = q k^T, with 1/sqrt(d) already in q
-        dq = ds.bmm(k).div_(math.sqrt(q.shape[-1]))
+        ds = p * (dp - (dp * p).sum(-1, keepdim=True))
+        # s = q k^T / sqrt(d), and the recorded q is q / sqrt(d)
+        dq = ds.bmm(k) / math.sqrt(q.shape[-1])
         dk = ds.mT.bmm(q)
         # (q, k, v) = x @ in_proj_weight.T + in_proj_bias
         dqkv = self._merge(dq, dk, dv)  # (N T, 3 D)
@@ -118,11 +115,3 @@ class SelfAttention(Layer):
         N = rows // self.num_heads
         by_step = [p.view(N, self.num_heads, T, d).transpose(1, 2) for p in parts]  # (N, T, heads, d)
         return torch.stack(by_step, 2).view(N * T, len(parts) * self.embed_dim)
-
-    def extra_repr(self) -> str:
-        causal = ", causal=True" if self.causal else ""
-        return (
-            f"{self.embed_dim}, num_heads={self.num_heads}"
-            + causal
-            + ("" if self.out_proj.bias is not None else ", bias=False")
-        )

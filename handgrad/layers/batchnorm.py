@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.nn.functional import batch_norm
 
 from handgrad.errors import ArgumentError, ShapeError
-from handgrad.layer import Layer, blockwise, buffer, parameter, total
+from handgrad.layer import Layer, buffer, parameter
+from handgrad.pieces import blockwise
 
 
 class BatchNorm1d(Layer):
@@ -24,13 +25,13 @@ class BatchNorm1d(Layer):
                are the running ones, constants; without running statistics they are always those of the batch.
     Shapes:    x (N, C) or (N, C, L), or (..., C) if `channels_last`; weight, bias, running_mean, running_var (C,);
                out like x
-    Backward:  with diff = x - mean, so that out = diff rstd weight + bias:
-               dbias = sum dout;  dweight = sum dout xhat = rstd sum dout diff;  dxhat = dout weight.
-               In evaluation dx = dxhat rstd. In training x also acts through var and mean:
-               dvar  = sum dxhat diff (-1/2) rstd^3 = -1/2 rstd^2 weight dweight
-               dmean = -rstd sum dxhat = -rstd weight dbias    (the way through var adds nothing: sum diff = 0)
-               dx    = dxhat rstd + dvar 2 diff/m + dmean/n
-                     = rstd weight (dout - (dbias + diff rstd dweight n/m)/n)
+    Backward:  with diff = x - mean and scale = rstd weight, so that out = diff scale + bias:
+               dbias = sum dout;  dweight = sum dout xhat = rstd sum dout diff.
+               In evaluation dx = dout scale. In training x also acts through var and mean:
+               dvar  = sum dout weight diff (-1/2) rstd^3 = -1/2 scale rstd dweight
+               dmean = -sum dout scale = -scale dbias    (the way through var adds nothing: sum diff = 0)
+               dx    = dout scale + dvar 2 diff/m + dmean/n
+                     = scale (dout - (dbias + diff rstd dweight n/m)/n)
     Recorded:  x, mean, rstd, weight
     Raises:    ShapeError, also for a batch of one value a channel in training; DtypeError; StateError.
     Source:    Ioffe and Szegedy 2015, arXiv:1502.03167; the simplified dx in makemore lecture 4, which uses n - 1.
@@ -44,6 +45,7 @@ class BatchNorm1d(Layer):
     (tensor([0.2000, 0.4000]), tensor([1.1000, 4.1000]))
     """
 
+    shown = ("num_features",)
     weight: Tensor | None = parameter("C")
     bias: Tensor | None = parameter("C")
     running_mean: Tensor | None = buffer("C")
@@ -66,6 +68,7 @@ class BatchNorm1d(Layer):
         if num_features < 1:
             raise ArgumentError(f"BatchNorm1d: num_features must be at least 1, got {num_features}")
         self.num_features, self.eps, self.momentum = num_features, eps, momentum
+        self.affine, self.track_running_stats = affine, track_running_stats
         self.unbiased, self.channels_last = unbiased, channels_last
         ones = torch.ones(num_features, dtype=dtype, device=device)
         self.weight, self.bias = (ones, torch.zeros_like(ones)) if affine else (None, None)
@@ -78,25 +81,27 @@ class BatchNorm1d(Layer):
         own = self.running_mean if self.weight is None else self.weight
         self.check_input(x, None if own is None else own.dtype)
         C, shape = self.num_features, x.shape
-        if self.channels_last and x.dim() > 1 and shape[-1] == C:
-            x = x.reshape(-1, C)
-        elif self.channels_last or x.dim() not in (2, 3) or shape[1] != C:
-            wanted = f"(..., {C})" if self.channels_last else f"(N, {C}) or (N, {C}, L)"
+        if self.channels_last:
+            fits, wanted = x.dim() > 1 and shape[-1] == C, f"(..., {C})"
+        else:
+            fits, wanted = x.dim() in (2, 3) and shape[1] == C, f"(N, {C}) or (N, {C}, L)"
+        if not fits:
             raise self.error(ShapeError, "forward", f"x must be {wanted}, got shape {tuple(shape)}")
+        rows = x.reshape(-1, C) if self.channels_last else x
         n = x.numel() // C
         m: int | None = None  # None: mean and var are constants, and the backward has nothing to send through them
         if self.training or self.running_mean is None or self.running_var is None:
             if n == 1:
-                problem = f"the variance of a batch needs more than one value a channel, got shape {tuple(shape)}; "
+                problem = f"the variance of a batch needs more than one value per channel, got shape {tuple(shape)}; "
                 raise self.error(ShapeError, "forward", problem + "evaluate a single row under eval()")
             m = n - 1 if self.unbiased and n > 0 else n
             if n > 0:
-                out, mean, rstd = self._normalize(x, m / n)
+                out, mean, rstd = self._normalize(rows, m / n)
             else:  # nothing to normalise, and nothing learnt of the data
                 out, mean, rstd = x.clone(), x.new_zeros(C), x.new_ones(C)
         else:
             mean, rstd = self.running_mean.clone(), (self.running_var + self.eps).rsqrt_()  # what the record keeps
-            out = batch_norm(x, mean, self.running_var, self.weight, self.bias, eps=self.eps)
+            out = batch_norm(rows, mean, self.running_var, self.weight, self.bias, eps=self.eps)
         if self.channels_last:
             out = out.view(*shape)
         self.push(x, mean, rstd, self.weight, m, out=out)
@@ -104,37 +109,37 @@ class BatchNorm1d(Layer):
 
     def backward(self, dout: Tensor, need_dx: bool = True) -> Tensor | None:
         x, mean, rstd, weight, m = self.pop(dout)
-        d = dout if dout.dim() == x.dim() else dout.reshape(*x.shape)
-        dims, center = (0, mean) if x.dim() == 2 else ((0, 2), mean.unsqueeze(1))
-        sums: list[tuple[Tensor, Tensor]] = []
+        last = self.channels_last or x.dim() == 2  # where the channels are: in the last dimension, or in the second
+        others = (0, 2) if not last else 0 if x.dim() == 2 else tuple(range(x.dim() - 1))
 
-        def statistics(d: Tensor, x: Tensor, diff: Tensor | None, product: Tensor | None) -> Tensor:
-            diff = torch.sub(x, center, out=diff)
-            sums.append((d.sum(dims), torch.mul(d, diff, out=product).sum(dims)))
-            return diff
+        def column(per_channel: Tensor) -> Tensor:
+            return per_channel if last else per_channel.unsqueeze(1)
 
-        diff = blockwise(statistics, d, x, scratch=1)
-        # out = diff rstd weight + bias
-        dbias, dweight = total(sums)  # (C,)
-        dweight.mul_(rstd)
+        def sums(dout: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            diff = x - column(mean)
+            return diff, dout.sum(others), (dout * diff).sum(others)
+
+        # out = diff scale + bias,  scale = rstd weight
+        diff, dbias, dscale = blockwise(sums, dout, x)
+        dweight = rstd * dscale
         self.add_grad(weight, dweight)
         self.add_grad(self.bias, dbias)
         if not need_dx:
             return None
-        # diff = x - mean, rstd = 1/sqrt(sum diff^2 / m + eps)
-        scale = _column(rstd if weight is None else rstd * weight, x)
+        scale = column(rstd if weight is None else rstd * weight)
         if m is None:
-            dx = torch.mul(d, scale, out=diff)
-        else:
-            n = max(x.numel() // self.num_features, 1)
-            through_mean, through_var = _column(dbias, x), _column(dweight * rstd, x)
+            return dout * scale
+        n = max(x.numel() // self.num_features, 1)
 
-            def formula(d: Tensor, diff: Tensor, dx: Tensor) -> Tensor:
-                through_both = torch.addcmul(through_mean, diff, through_var, value=n / max(m, 1), out=dx)
-                return torch.sub(d, through_both, alpha=1 / n, out=dx).mul_(scale)
+        def formula(dout: Tensor, diff: Tensor) -> Tensor:
+            # diff = x - mean,  rstd = 1/sqrt(sum diff^2 / m + eps)
+            dmean_dvar = torch.addcmul(
+                column(dbias), diff, column(rstd * dweight), value=n / max(m, 1)
+            )  # times -scale/n
+            return scale * torch.sub(dout, dmean_dvar, alpha=1 / n)
 
-            dx = blockwise(formula, d, diff, out=diff)
-        return dx if d is dout else dx.view_as(dout)
+        dx: Tensor = blockwise(formula, dout, diff)
+        return dx
 
     def _normalize(self, x: Tensor, k: float) -> tuple[Tensor, Tensor, Tensor]:
         """Out, mean and rstd from the batch's statistics, with k = m/n; in training, update the running ones.
@@ -158,15 +163,3 @@ class BatchNorm1d(Layer):
                 if running is not None and own is not None:
                     running.lerp_(own, share)
         return out, batch_mean, rstd if k == 1 else rstd * math.sqrt(k)
-
-    def extra_repr(self) -> str:
-        defaults = {"eps": 1e-5, "momentum": 0.1, "unbiased": False, "channels_last": False}
-        changes = [f", {k}={getattr(self, k)}" for k, default in defaults.items() if getattr(self, k) != default]
-        affine = "" if self.weight is not None else ", affine=False"
-        track = "" if self.running_mean is not None else ", track_running_stats=False"
-        return f"{self.num_features}{''.join(changes)}{affine}{track}"
-
-
-def _column(per_channel: Tensor, x: Tensor) -> Tensor:
-    """A (C,) tensor, shaped to broadcast against x."""
-    return per_channel if x.dim() == 2 else per_channel.unsqueeze(1)

@@ -40,6 +40,7 @@ class Conv1d(Layer):
     torch.Size([5, 2, 8])
     """
 
+    shown = ("in_channels", "out_channels")
     weight: Tensor = parameter("C_out", "C_in/groups", "*K")
     bias: Tensor | None = parameter("C_out")
     dims: ClassVar[int] = 1  # how many dimensions it runs over
@@ -150,13 +151,6 @@ class Conv1d(Layer):
 
     def _argument(self, problem: str) -> ArgumentError:
         return ArgumentError(f"{type(self).__name__}: {problem}")
-
-    def extra_repr(self) -> str:
-        defaults: dict[str, Any] = {"stride": (1,) * self.dims, "padding": (0,) * self.dims}
-        defaults |= {"dilation": (1,) * self.dims, "groups": 1}
-        changes = [f", {k}={getattr(self, k)}" for k, default in defaults.items() if getattr(self, k) != default]
-        head = f"{self.in_channels} -> {self.out_channels}, kernel_size={self.kernel_size}"
-        return head + "".join(changes) + ("" if self.bias is not None else ", bias=False")
 
 
 class Conv2d(Conv1d):

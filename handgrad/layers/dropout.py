@@ -21,7 +21,7 @@ class Dropout(Layer):
     Source:    Srivastava et al. 2014 (jmlr.org/papers/v15/srivastava14a.html)
 
     The mask is drawn from `generator`, on its device, by default torch's global one: a uniform number for each element.
-    That costs half of torch.nn.Dropout's way, and from the same seed gives another mask. A mode that changes between
+    That takes half the time of torch.nn.Dropout, and the same seed gives another mask. A mode that changes between
     forward and backward changes nothing: the record says what forward did.
 
     >>> layer = Dropout(0.5, generator=torch.Generator().manual_seed(1))
@@ -34,6 +34,8 @@ class Dropout(Layer):
     >>> layer.eval()(torch.ones(3))
     tensor([1., 1., 1.])
     """
+
+    shown = ("p",)
 
     def __init__(self, p: float = 0.5, *, generator: torch.Generator | None = None) -> None:
         if not 0 <= p <= 1:
@@ -59,6 +61,3 @@ class Dropout(Layer):
         (mask,) = self.pop(dout)
         # out = x mask
         return dout if mask is None else dout * mask
-
-    def extra_repr(self) -> str:
-        return f"{self.p}"

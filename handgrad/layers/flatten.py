@@ -44,9 +44,6 @@ class Flatten(Layer):
         # out = x.flatten(start_dim, end_dim)
         return dout.reshape(shape)
 
-    def extra_repr(self) -> str:
-        return "" if (self.start_dim, self.end_dim) == (1, -1) else f"{self.start_dim}, {self.end_dim}"
-
 
 class FlattenConsecutive(Layer):
     """Join every n consecutive time steps into one, as a tree of layers over a sequence does.
@@ -68,6 +65,8 @@ class FlattenConsecutive(Layer):
     torch.Size([32, 2, 10])
     """
 
+    shown = ("size",)
+
     def __init__(self, size: int) -> None:
         if size < 1:
             raise ArgumentError(f"FlattenConsecutive: size must be at least 1, got {size}")
@@ -87,6 +86,3 @@ class FlattenConsecutive(Layer):
         (shape,) = self.pop(dout)
         # out = x, every `size` consecutive rows read as one
         return dout.reshape(shape)
-
-    def extra_repr(self) -> str:
-        return f"{self.size}"

@@ -38,6 +38,7 @@ class Linear(Layer):
     (torch.Size([4, 3]), tensor([4., 4.]))
     """
 
+    shown = ("in_features", "out_features")
     weight: Tensor = parameter("D_out", "D_in")
     bias: Tensor | None = parameter("D_out")
 
@@ -78,18 +79,14 @@ class Linear(Layer):
 
     def backward(self, dout: Tensor, need_dx: bool = True) -> Tensor | None:
         x, weight = self.pop(dout)
-        if x.dim() == 2:
-            x2, dout2 = x, dout
-        else:
-            x2, dout2 = x.reshape(-1, self.in_features), dout.reshape(-1, self.out_features)
         # out = x @ weight.T + bias
-        self.add_grad(weight, dout2.t().mm(x2))  # (D_out, D_in)
+        dout_rows = rows(dout)
+        self.add_grad(weight, dout_rows.t() @ rows(x))  # (D_out, D_in)
         if self.bias is not None:
-            self.add_grad(self.bias, dout2.sum(0))  # (D_out,)
-        if not need_dx:
-            return None
-        dx = dout2.mm(weight)  # (N, D_in)
-        return dx if x2 is x else dx.view_as(x)
+            self.add_grad(self.bias, dout_rows.sum(0))  # (D_out,)
+        return dout @ weight if need_dx else None  # (..., D_in)
 
-    def extra_repr(self) -> str:
-        return f"{self.in_features} -> {self.out_features}" + ("" if self.bias is not None else ", bias=False")
+
+def rows(x: Tensor) -> Tensor:
+    """All leading dimensions as one: (..., D) as (N, D)."""
+    return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from handgrad.errors import ArgumentError, ShapeError
-from handgrad.layer import Layer, blockwise, parameter, total
+from handgrad.layer import Layer, parameter
+from handgrad.pieces import blockwise
 
 
 class LayerNorm(Layer):
@@ -37,6 +38,7 @@ class LayerNorm(Layer):
             [-1.,  1.]])
     """
 
+    shown = ("normalized_shape",)
     weight: Tensor | None = parameter("*D")
     bias: Tensor | None = parameter("*D")
 
@@ -51,6 +53,7 @@ class LayerNorm(Layer):
         device: torch.device | str | None = None,
     ) -> None:
         self.normalized_shape, self.eps = _shape("LayerNorm", normalized_shape), eps
+        self.elementwise_affine = elementwise_affine
         ones = torch.ones(self.normalized_shape, dtype=dtype, device=device)
         self.weight = ones if elementwise_affine else None
         self.bias = torch.zeros_like(ones) if elementwise_affine and bias else None
@@ -61,40 +64,28 @@ class LayerNorm(Layer):
         self.push(x, mean, rstd, self.weight, out=out)
         return out
 
-    def backward(self, dout: Tensor, need_dx: bool = True) -> Tensor | None:
+    def backward(self, dout: Tensor) -> Tensor:
         x, mean, rstd, weight = self.pop(dout)
-        rows = [_rows(t, self.normalized_shape) for t in (dout, x)]
-        columns, (flat, shares) = (mean.reshape(-1, 1), rstd.reshape(-1, 1)), _flat(weight)
-        sums: list[tuple[Tensor, Tensor]] = []
+        gain, n = _flat(weight), math.prod(self.normalized_shape)
 
-        def formula(
-            d: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, dx: Tensor | None, product: Tensor | None
-        ) -> Tensor:
-            xhat = torch.sub(x, mean, out=dx).mul_(rstd)
+        def formula(dout: Tensor, x: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             # out = xhat weight + bias
-            product = torch.mul(d, xhat, out=product)
-            sums.append((product.sum(0), d.sum(0)))
-            if not need_dx:
-                return xhat
-            # xhat = (x - mean) rstd; dx takes the memory of xhat
-            through_var, through_mean = _minus_average(product, shares), _minus_average(d, shares)
-            dxhat = d if flat is None else torch.mul(d, flat, out=product)
-            # (a product rounded by itself: where n = 1 it cancels with its mean to an exact 0)
-            return xhat.mul_(through_var).add_(through_mean).add_(dxhat).mul_(rstd)
+            xhat = (x - mean) * rstd
+            dweight, dbias = (dout * xhat).sum(0), dout.sum(0)
+            dxhat = dout * gain
+            # xhat = (x - mean) rstd
+            dx = rstd * (dxhat - _avg(dxhat) - xhat * _avg(dxhat * xhat))
+            return dx, dweight, dbias
 
-        dx = blockwise(formula, *rows, *columns, scratch=1)
-        dweight, dbias = total(sums)
+        # a row per sample
+        dx, dweight, dbias = blockwise(
+            formula, dout.reshape(-1, n), x.reshape(-1, n), mean.reshape(-1, 1), rstd.reshape(-1, 1)
+        )
         if weight is not None:
             self.add_grad(weight, dweight.view_as(weight))
         if self.bias is not None:
             self.add_grad(self.bias, dbias.view_as(self.bias))
-        return dx.view_as(x) if need_dx else None
-
-    def extra_repr(self) -> str:
-        affine = (
-            ", elementwise_affine=False" if self.weight is None else "" if self.bias is not None else ", bias=False"
-        )
-        return _sizes(self.normalized_shape) + ("" if self.eps == 1e-5 else f", eps={self.eps}") + affine
+        return dx.view_as(x)
 
 
 class RMSNorm(Layer):
@@ -116,6 +107,7 @@ class RMSNorm(Layer):
             [0.0000, 1.4142]])
     """
 
+    shown = ("normalized_shape",)
     weight: Tensor | None = parameter("*D")
 
     def __init__(
@@ -128,6 +120,7 @@ class RMSNorm(Layer):
         device: torch.device | str | None = None,
     ) -> None:
         self.normalized_shape, self.eps = _shape("RMSNorm", normalized_shape), eps
+        self.elementwise_affine = elementwise_affine
         self.weight = torch.ones(self.normalized_shape, dtype=dtype, device=device) if elementwise_affine else None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -139,31 +132,23 @@ class RMSNorm(Layer):
         self.push(x, rstd, self.weight, out=out)
         return out
 
-    def backward(self, dout: Tensor, need_dx: bool = True) -> Tensor | None:
+    def backward(self, dout: Tensor) -> Tensor:
         x, rstd, weight = self.pop(dout)
-        rows, (flat, shares) = [_rows(t, self.normalized_shape) for t in (dout, x)], _flat(weight)
-        sums: list[tuple[Tensor]] = []
+        gain, n = _flat(weight), math.prod(self.normalized_shape)
 
-        def formula(d: Tensor, x: Tensor, rstd: Tensor, dx: Tensor | None, product: Tensor | None) -> Tensor:
-            xhat = torch.mul(x, rstd, out=dx)
+        def formula(dout: Tensor, x: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
             # out = xhat weight
-            product = torch.mul(d, xhat, out=product)
-            sums.append((product.sum(0),))
-            if not need_dx:
-                return xhat
-            # xhat = x rstd; dx takes the memory of xhat
-            dx = xhat.mul_(_minus_average(product, shares))
-            return (dx.add_(d) if flat is None else dx.addcmul_(d, flat)).mul_(rstd)
+            xhat = x * rstd
+            dweight = (dout * xhat).sum(0)
+            dxhat = dout * gain
+            # xhat = x rstd
+            dx = rstd * (dxhat - xhat * _avg(dxhat * xhat))
+            return dx, dweight
 
-        dx = blockwise(formula, *rows, rstd.reshape(-1, 1), scratch=1)
-        (dweight,) = total(sums)
+        dx, dweight = blockwise(formula, dout.reshape(-1, n), x.reshape(-1, n), rstd.reshape(-1, 1))  # a row per sample
         if weight is not None:
             self.add_grad(weight, dweight.view_as(weight))
-        return dx.view_as(x) if need_dx else None
-
-    def extra_repr(self) -> str:
-        eps = "" if self.eps is None else f", eps={self.eps}"
-        return _sizes(self.normalized_shape) + eps + ("" if self.weight is not None else ", elementwise_affine=False")
+        return dx.view_as(x)
 
 
 def _shape(kind: str, normalized_shape: int | Sequence[int]) -> tuple[int, ...]:
@@ -181,20 +166,11 @@ def _check(layer: Layer, x: Tensor, shape: tuple[int, ...], weight: Tensor | Non
         raise layer.error(ShapeError, "forward", f"{last} of x must be {wanted}, got shape {tuple(x.shape)}")
 
 
-def _rows(x: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """A row a sample."""
-    return x.reshape(-1, math.prod(shape))
+def _flat(weight: Tensor | None) -> Tensor | float:
+    """Weight as a row; 1 where there is none."""
+    return 1.0 if weight is None else weight.reshape(-1)
 
 
-def _flat(weight: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    """Weight as a row, and -weight/n as a column: what a value counts in its row's average of products with weight."""
-    return (None, None) if weight is None else (weight.reshape(-1), weight.reshape(-1, 1) / -weight.numel())
-
-
-def _minus_average(rows: Tensor, shares: Tensor | None) -> Tensor:
-    """Minus the mean over each row, times the weights if there are any, as a column."""
-    return rows.mean(1, keepdim=True).neg_() if shares is None else rows @ shares
-
-
-def _sizes(shape: tuple[int, ...]) -> str:
-    return str(shape[0]) if len(shape) == 1 else str(shape)
+def _avg(rows: Tensor) -> Tensor:
+    """The mean of each row, as a column."""
+    return rows.mean(1, keepdim=True)

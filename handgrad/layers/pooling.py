@@ -59,10 +59,6 @@ class MaxPool2d(Layer):
         dx = dout.new_zeros(*shape[:-2], shape[-2] * shape[-1])
         return dx.scatter_add_(-1, index.flatten(-2), dout.flatten(-2)).view(*shape)
 
-    def extra_repr(self) -> str:
-        changes = "" if self.dilation == (1, 1) else f", dilation={self.dilation}"
-        return _describe(self.kernel_size, self.stride, self.padding, self.ceil_mode) + changes
-
 
 class AvgPool2d(Layer):
     """The mean of each window.
@@ -142,12 +138,6 @@ class AvgPool2d(Layer):
             sizes.append((end - start).to(dout.dtype))
         return torch.outer(sizes[0], sizes[1])
 
-    def extra_repr(self) -> str:
-        changes = "" if self.count_include_pad else ", count_include_pad=False"
-        if self.divisor_override is not None:
-            changes += f", divisor_override={self.divisor_override}"
-        return _describe(self.kernel_size, self.stride, self.padding, self.ceil_mode) + changes
-
 
 def _pair(kind: str, name: str, value: int | tuple[int, int], least: int) -> tuple[int, int]:
     pair = (value, value) if isinstance(value, int) else tuple(value)
@@ -172,10 +162,3 @@ def _check(layer: Layer, x: Tensor, least: list[int]) -> None:
             f"x must be at least {max(least[0], 1)} by {max(least[1], 1)} for one window, got shape {tuple(x.shape)}"
         )
         raise layer.error(ShapeError, "forward", problem)
-
-
-def _describe(kernel_size: tuple[int, int], stride: tuple[int, int], padding: tuple[int, int], ceil_mode: bool) -> str:
-    parts = [f"kernel_size={kernel_size}"]
-    parts += [] if stride == kernel_size else [f"stride={stride}"]
-    parts += [] if padding == (0, 0) else [f"padding={padding}"]
-    return ", ".join([*parts, *(["ceil_mode=True"] if ceil_mode else [])])

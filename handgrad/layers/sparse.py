@@ -33,6 +33,7 @@ class Embedding(Layer):
     tensor([1., 0., 0., 2., 0.])
     """
 
+    shown = ("num_embeddings", "embedding_dim")
     weight: Tensor = parameter("V", "D")
 
     def __init__(
@@ -84,7 +85,3 @@ class Embedding(Layer):
         if low < 0 or high >= self.num_embeddings:
             problem = f"indices must be in 0..{self.num_embeddings - 1}, got {low if low < 0 else high}"
             raise self.error(IndexRangeError, "forward", problem)
-
-    def extra_repr(self) -> str:
-        padding = "" if self.padding_idx is None else f", padding_idx={self.padding_idx}"
-        return f"{self.num_embeddings} -> {self.embedding_dim}{padding}"

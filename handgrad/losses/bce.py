@@ -19,8 +19,8 @@ class BCEWithLogits(Loss):
                which overflows nowhere; "mean" takes the mean of all elements, "sum" their sum, "none" neither
     Shapes:    x and target the same, any; weight and pos_weight broadcast against them; loss () or like x
     Backward:  d log(1 + exp(-x)) / dx = -sigmoid(-x), hence
-               dx = dloss weight ((1 - y) - a sigmoid(-x)), with dloss = dout/n for the mean of n elements;
-               without weights that is the familiar dloss (s - y)
+               dx = dlosses weight ((1 - y) - a sigmoid(-x)), where dlosses is dout, or dout/n for the mean of n elements;
+               without weights that is the familiar dlosses (s - y)
     Recorded:  x, target
     Raises:    ShapeError where the shapes differ; DtypeError; ArgumentError for an unknown reduction; StateError.
     Source:    torch.nn.BCEWithLogitsLoss for the semantics. The target may be any number, as it may be there.
@@ -46,32 +46,26 @@ class BCEWithLogits(Loss):
         loss = (1 - target) * x - (logs if a is None else a * logs)
         if self.weight is not None:
             loss = loss * self.weight
-        out = loss if self.reduction == "none" else loss.sum() if self.reduction == "sum" else loss.mean()
+        out = self.reduce(loss)
         self.push(x, target, self.weight, self.pos_weight, out=out)
         return out
 
     def backward(self, dout: Tensor | None = None) -> Tensor:
         x, target, weight, _ = self.pop(dout)
         a = self._slope(target)
+        dlosses = self.dlosses(dout, x, max(x.numel(), 1))
         # loss = weight ((1 - y) x + a log(1 + exp(-x)))
-        dx: Tensor = torch.sigmoid(x).sub_(target) if a is None else (1 - target).sub_(torch.sigmoid(-x).mul_(a))
         if weight is not None:
-            dx.mul_(weight)
-        if self.reduction == "mean":
-            dx.div_(max(x.numel(), 1))
-        return dx if dout is None else dx.mul_(dout)
+            dlosses = dlosses * weight
+        if a is None:
+            return dlosses * (torch.sigmoid(x) - target)
+        return dlosses * (1 - target - a * torch.sigmoid(-x))
 
     def _slope(self, target: Tensor) -> Tensor | None:
         return None if self.pos_weight is None else 1 + (self.pos_weight - 1) * target
 
     def _check(self, x: Tensor, target: Tensor) -> None:
-        self.check_input(x)
-        if not isinstance(target, Tensor) or target.dtype is not x.dtype:
-            came = target.dtype if isinstance(target, Tensor) else type(target).__name__
-            raise self.error(DtypeError, "forward", f"target must be a tensor of x's dtype, {x.dtype}, got {came}")
-        if target.shape != x.shape:
-            problem = f"target must have x's shape, {tuple(x.shape)}, got {tuple(target.shape)}"
-            raise self.error(ShapeError, "forward", problem)
+        self.check_like(x, target)
         for name, w in (("weight", self.weight), ("pos_weight", self.pos_weight)):
             if w is None:
                 continue
@@ -81,8 +75,3 @@ class BCEWithLogits(Loss):
             if w.dim() > x.dim() or any(own not in (1, size) for own, size in sizes):
                 problem = f"{name} of shape {tuple(w.shape)} must broadcast to x, got shape {tuple(x.shape)}"
                 raise self.error(ShapeError, "forward", problem)
-
-    def extra_repr(self) -> str:
-        weights = {"weight": self.weight, "pos_weight": self.pos_weight}
-        given = [f"{name} of shape {tuple(w.shape)}" for name, w in weights.items() if w is not None]
-        return ", ".join([*given, *([] if self.reduction == "mean" else [f"reduction={self.reduction!r}"])])

@@ -9,22 +9,23 @@ from torch import Tensor
 from torch.compiler import is_compiling
 from torch.nn.functional import linear
 
-from handgrad.errors import ArgumentError, DtypeError, ShapeError
-from handgrad.layers.linear import Linear
-from handgrad.losses.loss import Loss, check_labels, labels
+from handgrad.errors import ArgumentError, ShapeError
+from handgrad.layers.linear import Linear, rows
+from handgrad.losses.loss import ClassLoss
 
 
-class LinearCrossEntropy(Loss):
+class LinearCrossEntropy(ClassLoss):
     """The last Linear of a classifier and its CrossEntropy in one, a few rows at a time: for a large vocabulary.
 
     Forward:   z = x @ weight.T + bias with linear's weight and bias,  top[n] = max_v z[n, v]
                log[n] = log sum_v exp(z[n, v] - top[n])
-               loss[n] = log[n] - (z[n, y] - top[n]) for a row n with target y; 0 where y = ignore_index.
+               losses[n] = log[n] - (z[n, y] - top[n]) for a row n with target y; 0 where y = ignore_index.
                "sum" adds the rows up, "mean" divides that by the number of rows not ignored, "none" returns them.
                Rows are taken `chunk_size` at a time; of z only top, log and z[n, y] outlive their chunk.
     Shapes:    x (..., D); target (...) int64; linear a Linear(D -> V); loss () or like target
     Backward:  z is computed again, chunk by chunk. With p = exp(z - top - log), the softmax,
-               dz[n, v] = dloss[n] (p[n, v] - [v = y]), with dloss = 0 where ignored and dout/(rows used) for the mean;
+               dz[n, v] = dlosses[n] (p[n, v] - [v = y]), where dlosses is dout, divided for the mean by the number of
+               rows not ignored, and 0 where y = ignore_index;
                dx = dz @ weight,  dweight = dz^T x,  dbias = sum_n dz[n]
     Recorded:  x, target, top, log, weight, bias: O(rows), not O(rows V)
     Raises:    ShapeError; DtypeError; IndexRangeError for a target that is neither a class nor ignore_index;
@@ -44,6 +45,8 @@ class LinearCrossEntropy(Loss):
     tensor([0., 0., 0.])
     """
 
+    shown = ("in_features", "num_classes")
+
     def __init__(
         self,
         in_features: int,
@@ -61,76 +64,63 @@ class LinearCrossEntropy(Loss):
         if chunk_size < 1:
             raise ArgumentError(f"LinearCrossEntropy: chunk_size must be at least 1, got {chunk_size}")
         self.linear = Linear(in_features, num_classes, bias, generator=generator, dtype=dtype, device=device)
+        self.in_features, self.num_classes, self.bias = in_features, num_classes, bias
         self.ignore_index, self.chunk_size = ignore_index, chunk_size
 
     def forward(self, x: Tensor, target: Tensor) -> Tensor:
         self._check(x, target)
-        weight, bias = self.linear.weight, self.linear.bias
-        rows = x.reshape(-1, x.shape[-1])
-        used, y = labels(target.reshape(-1), self.ignore_index)
+        weight, bias, xs = self.linear.weight, self.linear.bias, rows(x)
+        used, y = self.labels(target.reshape(-1))
         if not is_compiling():
-            check_labels(self, y, self.linear.out_features, self.ignore_index)
+            self.check_range(y, self.num_classes)
         tops, logs, losses = [], [], []
         for a, b in self._chunks(len(y)):
-            z = linear(rows[a:b], weight, bias)  # (chunk, V)
-            tops.append(z.amax(1, keepdim=True))
-            right = z.sub_(tops[-1]).gather(1, y[a:b, None])
-            logs.append(z.exp_().sum(1, keepdim=True).log_())
-            losses.append(logs[-1] - right)
-        top, log, loss = (torch.cat(t)[:, 0] if t else rows.sum(1) for t in (tops, logs, losses))
-        if used is not None:
-            loss = loss.where(used, 0)
-        if self.reduction == "none":
-            out = loss.reshape(target.shape)
-        elif self.reduction == "sum":
-            out = loss.sum()
-        else:
+            z = linear(xs[a:b], weight, bias)  # (chunk, V)
+            top = z.amax(1, keepdim=True)
+            z = z.sub_(top)
+            losses.append(-z.gather(1, y[a:b, None]))
+            log = z.exp_().sum(1, keepdim=True).log_()
+            losses[-1] += log
+            tops.append(top)
+            logs.append(log)
+        top, log, loss = (torch.cat(t) if t else xs.new_zeros(0, 1) for t in (tops, logs, losses))  # (N, 1)
+        loss = loss[:, 0] if used is None else loss[:, 0].where(used, 0)
+        if self.reduction == "mean":
             out = loss.sum() / (len(y) if used is None else used.sum())
+        else:
+            out = self.reduce(loss.view(target.shape))
         self.push(x, y, used, top, log, weight, bias, out=out)
         return out
 
-    def backward(self, dout: Tensor | None = None, need_dx: bool = True) -> Tensor | None:
+    def backward(self, dout: Tensor | None = None) -> Tensor:
         x, y, used, top, log, weight, bias = self.pop(dout)
-        rows = x.reshape(-1, x.shape[-1])
-        dloss = x.new_ones(len(y)) if used is None else used.to(x.dtype)
-        if self.reduction == "mean":
-            dloss.div_(dloss.sum().clamp_min_(1))
-        if dout is not None:
-            dloss.mul_(dout.reshape(-1))
-        dx = torch.empty_like(rows) if need_dx else None
-        dweight = torch.zeros_like(weight)
+        xs = rows(x)
+        count = max(len(y), 1) if used is None else used.sum(dtype=x.dtype).clamp(min=1)
+        dlosses = self.dlosses(dout, x, count).reshape(-1).expand(len(y))
+        dlosses = (dlosses if used is None else dlosses.where(used, 0)).unsqueeze(1)  # (N, 1)
+        dx, dweight = torch.empty_like(xs), torch.zeros_like(weight)
         dbias = None if bias is None else torch.zeros_like(bias)
         for a, b in self._chunks(len(y)):
-            # loss = top + log - z[y], so dz = dloss (p - onehot(y)), p = exp(z - top - log)
-            dz = linear(rows[a:b], weight, bias)
-            dz.sub_(top[a:b, None]).sub_(log[a:b, None]).exp_().mul_(dloss[a:b, None])
-            dz.scatter_add_(1, y[a:b, None], -dloss[a:b, None])
+            # losses[n] = log[n] - (z[n, y] - top[n]),  p = exp(z - top - log)
+            z = linear(xs[a:b], weight, bias)
+            dz = z.sub_(top[a:b]).sub_(log[a:b]).exp_().mul_(dlosses[a:b])  # dlosses p, in the one (chunk, V) there is
+            dz.scatter_add_(1, y[a:b, None], -dlosses[a:b])
             # z = x @ weight.T + bias
-            dweight.addmm_(dz.t(), rows[a:b])
+            dx[a:b] = dz @ weight
+            dweight.addmm_(dz.t(), xs[a:b])
             if dbias is not None:
-                dbias.add_(dz.sum(0))
-            if dx is not None:
-                torch.mm(dz, weight, out=dx[a:b])
+                dbias += dz.sum(0)
         self.add_grad(weight, dweight)
-        if dbias is not None:
-            self.add_grad(bias, dbias)
-        return None if dx is None else dx.view_as(x)
+        self.add_grad(bias, dbias)
+        return dx.view_as(x)
 
     def _chunks(self, rows: int) -> Iterator[tuple[int, int]]:
         return ((a, min(a + self.chunk_size, rows)) for a in range(0, rows, self.chunk_size))
 
     def _check(self, x: Tensor, target: Tensor) -> None:
         self.check_input(x, self.linear.weight.dtype)
-        D = self.linear.in_features
-        if not isinstance(target, Tensor) or target.dtype is not torch.int64:
-            came = target.dtype if isinstance(target, Tensor) else type(target).__name__
-            raise self.error(DtypeError, "forward", f"target must be an int64 tensor of class indices, got {came}")
+        D = self.in_features
+        self.check_target(target)
         if x.dim() == 0 or x.shape[-1] != D or target.shape != x.shape[:-1]:
             problem = f"x must be (..., {D}) and target (...), got {tuple(x.shape)} and {tuple(target.shape)}"
             raise self.error(ShapeError, "forward", problem)
-
-    def extra_repr(self) -> str:
-        changes = [self.linear.extra_repr() if self.linear.bias is None else f"{self.linear.extra_repr()}, bias=True"]
-        defaults = {"ignore_index": -100, "reduction": "mean", "chunk_size": 1024}
-        changes += [f"{k}={getattr(self, k)!r}" for k, default in defaults.items() if getattr(self, k) != default]
-        return ", ".join(changes).replace(", bias=False", "")

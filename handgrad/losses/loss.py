@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from handgrad.errors import ArgumentError, IndexRangeError, ShapeError
+from handgrad.errors import ArgumentError, DtypeError, IndexRangeError, ShapeError
 from handgrad.layer import Layer, Spec
 
 REDUCTIONS = ("mean", "sum", "none")
@@ -17,13 +18,39 @@ class Loss(Layer):
     """A layer of two inputs that ends a model: ``loss(x, target)``, then ``model.backward(loss.backward())``.
 
     The target has no gradient, so `backward` returns dx alone. A reduced loss is a scalar whose own gradient is 1:
-    `backward()` needs no argument. With reduction "none" the loss has a value a row, and `backward(dout)` wants one.
+    `backward()` needs no argument. With reduction "none" the loss has a value per row, and `backward(dout)` wants one.
     """
+
+    reduction: str = "mean"
 
     def __init__(self, reduction: str = "mean") -> None:
         if reduction not in REDUCTIONS:
             raise ArgumentError(f"{type(self).__name__}: reduction must be one of {REDUCTIONS}, got {reduction!r}")
         self.reduction = reduction
+
+    def reduce(self, losses: Tensor) -> Tensor:
+        """The mean of all elements' losses, their sum, or themselves."""
+        return losses if self.reduction == "none" else losses.sum() if self.reduction == "sum" else losses.mean()
+
+    def dlosses(self, dout: Tensor | None, x: Tensor, count: int | Tensor) -> Tensor:
+        """The gradient of each element's loss, in x's dtype: like dout, or () where it is 1.
+
+        It is dout, or dout/count for the mean, which is that of `count` elements (a number, or a tensor like x).
+        """
+        share = 1 / count if self.reduction == "mean" else 1.0
+        if dout is not None:
+            return dout * share
+        return share if isinstance(share, Tensor) else x.new_full((), share)
+
+    def check_like(self, x: Tensor, target: Tensor) -> None:
+        """Raise unless x is floating and the target has its dtype and shape."""
+        self.check_input(x)
+        if not isinstance(target, Tensor) or target.dtype is not x.dtype:
+            came = target.dtype if isinstance(target, Tensor) else type(target).__name__
+            raise self.error(DtypeError, "forward", f"target must be a tensor of x's dtype, {x.dtype}, got {came}")
+        if target.shape != x.shape:
+            problem = f"target must have x's shape, {tuple(x.shape)}, got {tuple(target.shape)}"
+            raise self.error(ShapeError, "forward", problem)
 
     def _check_dout(self, dout: Any, spec: Spec) -> None:
         """Accept None, standing for 1, where the loss is a scalar."""
@@ -34,22 +61,33 @@ class Loss(Layer):
             raise self.error(ShapeError, "backward", problem)
 
 
-def labels(target: Tensor, ignore_index: int) -> tuple[Tensor | None, Tensor]:
-    """Which rows are not ignored, None for all of them, and the labels, with 0 for those of ignored rows.
+class ClassLoss(Loss):
+    """A loss whose target is the index of a class for each row, or `ignore_index` for a row that does not count."""
 
-    The usual batch, where nothing is negative and so nothing is ignored, goes without masks. A compiled graph cannot
-    look at values and always takes the mask.
-    """
-    if ignore_index < 0 and not is_compiling() and (target.numel() == 0 or target.min().item() >= 0):
-        return None, target
-    used = target != ignore_index
-    return used, target.where(used, 0)
+    ignore_index: int
 
+    def check_target(self, target: Tensor) -> None:
+        """Raise unless the target is a tensor of class indices."""
+        if not isinstance(target, Tensor) or target.dtype is not torch.int64:
+            came = target.dtype if isinstance(target, Tensor) else type(target).__name__
+            raise self.error(DtypeError, "forward", f"target must be an int64 tensor of class indices, got {came}")
 
-def check_labels(loss: Loss, y: Tensor, classes: int, ignore_index: int) -> None:
-    """Raise IndexRangeError unless every label is a class."""
-    if y.numel() > 0:
-        low, high = (int(limit) for limit in y.aminmax())
-        if low < 0 or high >= classes:
-            wanted = f"targets must be in 0..{classes - 1} or ignore_index={ignore_index}"
-            raise loss.error(IndexRangeError, "forward", f"{wanted}, got {low if low < 0 else high}")
+    def labels(self, target: Tensor) -> tuple[Tensor | None, Tensor]:
+        """Which rows count, None for all of them, and the labels, with 0 for those of ignored rows.
+
+        The usual batch, where nothing is negative and so nothing is ignored, goes without masks. A compiled graph
+        cannot look at values and always takes the mask.
+        """
+        ignored = self.ignore_index
+        if ignored < 0 and not is_compiling() and (target.numel() == 0 or target.min().item() >= 0):
+            return None, target
+        used = target != ignored
+        return used, target.where(used, 0)
+
+    def check_range(self, y: Tensor, classes: int) -> None:
+        """Raise IndexRangeError unless every label is a class."""
+        if y.numel() > 0:
+            low, high = (int(limit) for limit in y.aminmax())
+            if low < 0 or high >= classes:
+                wanted = f"targets must be in 0..{classes - 1} or ignore_index={self.ignore_index}"
+                raise self.error(IndexRangeError, "forward", f"{wanted}, got {low if low < 0 else high}")

@@ -1,4 +1,4 @@
-"""Containers whose bodies stand side by side, and the identity that often is one of them.
+"""Layers made of layers: in a row, and side by side.
 
 Wherever the same x goes into several bodies, their dx add up; wherever a body is one of several, `dout` is handed to
 it unchanged. Bodies run backward in reverse order, so one layer object may be, or be inside, several of them.
@@ -7,13 +7,84 @@ it unchanged. Bodies run backward in reverse order, so one layer object may be, 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor
 
-from handgrad.errors import ArgumentError, DtypeError, ShapeError, locate
+from handgrad.errors import ArgumentError, DtypeError, ShapeError
 from handgrad.layer import Layer
+
+
+class Several(Layer):
+    """What the containers of several layers share: those layers, which can be counted, indexed and iterated."""
+
+    _arity = (1, 1)  # a tuple comes whole, for the layers inside to take apart
+
+    def __init__(self, *layers: Layer) -> None:
+        for i, layer in enumerate(layers):
+            if not isinstance(layer, Layer):
+                kind = type(self).__name__
+                raise ArgumentError(f"{kind}: every argument must be a Layer, got {type(layer).__name__} at {i}")
+        self.layers = list(layers)
+
+    def named_children(self) -> Iterator[tuple[str, Layer]]:
+        return ((str(i), layer) for i, layer in enumerate(self.layers))
+
+    def __getitem__(self, index: int) -> Layer:
+        return self.layers[index]
+
+    def __iter__(self) -> Iterator[Layer]:
+        return iter(self.layers)
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+
+class Sequential(Several):
+    """Layers in a row, each fed with the output of the one before.
+
+    Forward:   x_0 = x,  x_i = layer_i(x_{i-1}),  out = x_n
+    Backward:  dx_n = dout,  dx_{i-1} = layer_i.backward(dx_i),  dx = dx_0: the chain rule, last layer first.
+               With need_dx=False the first layer is told that nobody wants its dx.
+    Recorded:  nothing itself; the layers record
+    Raises:    what the layers raise, with the place: "in 3 (BatchNorm1d(64)): ...".
+
+    The same layer object may stand in several places. Indexing gives a layer, slicing a Sequential of the same layer
+    objects. An empty Sequential is the identity. The first layer may take several inputs, given one by one or as a
+    tuple; where a layer returns a tuple, one that takes several inputs gets its parts.
+
+    >>> from handgrad import Linear, Tanh
+    >>> model = Sequential(Linear(3, 8), Tanh(), Linear(8, 2))
+    >>> model
+    Sequential(
+      (0): Linear(3 -> 8)
+      (1): Tanh()
+      (2): Linear(8 -> 2)
+    )
+    >>> model[-1], len(model[:2])
+    (Linear(8 -> 2), 2)
+    """
+
+    def forward(self, *inputs: Any) -> Any:
+        x = inputs[0] if len(inputs) == 1 else inputs
+        for i, layer in enumerate(self.layers):
+            x = layer.forward_at(i, x)
+        self.push(out=x)
+        return x
+
+    def backward(self, dout: Any, need_dx: bool = True) -> Any:
+        self.pop(dout)
+        for i in reversed(range(len(self.layers))):
+            dout = self.layers[i].backward_at(i, dout, need_dx or i > 0)
+        return dout
+
+    @overload
+    def __getitem__(self, index: int) -> Layer: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequential: ...
+    def __getitem__(self, index: int | slice) -> Layer:
+        return Sequential(*self.layers[index]) if isinstance(index, slice) else self.layers[index]
 
 
 class Identity(Layer):
@@ -70,7 +141,7 @@ class Residual(Layer):
 
     def forward(self, x: Tensor) -> Tensor:
         self.check_input(x)
-        y = _call(self.body, "body", x)
+        y = self.body.forward_at("body", x)
         _same_form(self, {"x": x, "body": y})
         out: Tensor = x + y
         self.push(out=out)
@@ -79,50 +150,28 @@ class Residual(Layer):
     def backward(self, dout: Tensor, need_dx: bool = True) -> Tensor | None:
         self.pop(dout)
         # out = x + body(x)
-        dx = _call_back(self.body, "body", dout, need_dx)
+        dx = self.body.backward_at("body", dout, need_dx)
         return dout + dx if need_dx else None
 
-    def __repr__(self) -> str:
-        return "Residual(\n  (body): " + repr(self.body).replace("\n", "\n  ") + "\n)"
 
-
-class Branches(Layer):
-    """What Sum, Product, Concat and Parallel share: their bodies, which can be indexed and iterated."""
+class Branches(Several):
+    """What Sum, Product, Concat and Parallel share: each body has a dout of its own, and gives a dx of its own."""
 
     def __init__(self, *bodies: Layer) -> None:
-        kind = type(self).__name__
-        for i, body in enumerate(bodies):
-            if not isinstance(body, Layer):
-                raise ArgumentError(f"{kind}: every argument must be a Layer, got {type(body).__name__} at {i}")
         if not bodies:
-            raise ArgumentError(f"{kind}: at least one body is needed")
-        self.bodies = list(bodies)
+            raise ArgumentError(f"{type(self).__name__}: at least one body is needed")
+        super().__init__(*bodies)
 
-    def named_children(self) -> Iterator[tuple[str, Layer]]:
-        return ((str(i), body) for i, body in enumerate(self.bodies))
-
-    def __getitem__(self, index: int) -> Layer:
-        return self.bodies[index]
-
-    def __iter__(self) -> Iterator[Layer]:
-        return iter(self.bodies)
-
-    def __len__(self) -> int:
-        return len(self.bodies)
-
-    def __repr__(self) -> str:
-        rows = [f"  ({i}): " + repr(body).replace("\n", "\n  ") for i, body in enumerate(self.bodies)]
-        return "\n".join([f"{type(self).__name__}({self.extra_repr()}", *rows, ")"])
-
-    def _forward_each(self, x: Any) -> list[Any]:
+    def _forward_each(self, *inputs: Any) -> list[Any]:
         """Every body's output for the same x."""
-        return [_call(body, str(i), x) for i, body in enumerate(self.bodies)]
+        x = inputs[0] if len(inputs) == 1 else inputs
+        return [body.forward_at(i, x) for i, body in enumerate(self.layers)]
 
     def _backward_each(self, douts: list[Any], need_dx: bool) -> list[Any]:
         """Every body's dx for its own dout, last body first: the latest record is the first to be taken."""
         dxs: list[Any] = [None] * len(douts)
-        for i in range(len(douts) - 1, -1, -1):
-            dxs[i] = _call_back(self.bodies[i], str(i), douts[i], need_dx)
+        for i in reversed(range(len(douts))):
+            dxs[i] = self.layers[i].backward_at(i, douts[i], need_dx)
         return dxs
 
 
@@ -144,8 +193,8 @@ class Sum(Branches):
     tensor([ 3., 30.])
     """
 
-    def forward(self, x: Any) -> Tensor:
-        outs = self._forward_each(x)
+    def forward(self, *inputs: Any) -> Tensor:
+        outs = self._forward_each(*inputs)
         _same_form(self, {str(i): out for i, out in enumerate(outs)})
         out: Tensor = _total(outs)
         self.push(out=out)
@@ -154,7 +203,7 @@ class Sum(Branches):
     def backward(self, dout: Tensor, need_dx: bool = True) -> Any:
         self.pop(dout)
         # out = body_0(x) + body_1(x) + ...
-        dxs = self._backward_each([dout] * len(self.bodies), need_dx)
+        dxs = self._backward_each([dout] * len(self.layers), need_dx)
         return _total(dxs) if need_dx else None
 
 
@@ -177,8 +226,8 @@ class Product(Branches):
     tensor([6., 0.])
     """
 
-    def forward(self, x: Any) -> Tensor:
-        outs = self._forward_each(x)
+    def forward(self, *inputs: Any) -> Tensor:
+        outs = self._forward_each(*inputs)
         _same_form(self, {str(i): out for i, out in enumerate(outs)})
         out: Tensor = outs[0]
         for factor in outs[1:]:
@@ -221,8 +270,8 @@ class Concat(Branches):
         super().__init__(*bodies)
         self.dim = dim
 
-    def forward(self, x: Any) -> Tensor:
-        outs = self._forward_each(x)
+    def forward(self, *inputs: Any) -> Tensor:
+        outs = self._forward_each(*inputs)
         _same_form(self, {str(i): out for i, out in enumerate(outs)}, but=self.dim)
         out = torch.cat(outs, self.dim)
         self.push([out.shape[self.dim] for out in outs], out=out)
@@ -233,9 +282,6 @@ class Concat(Branches):
         # out = cat([body_0(x), body_1(x), ...], dim)
         dxs = self._backward_each(list(torch.split(dout, sizes, self.dim)), need_dx)
         return _total(dxs) if need_dx else None
-
-    def extra_repr(self) -> str:
-        return f"dim={self.dim}"
 
 
 class Parallel(Branches):
@@ -255,12 +301,13 @@ class Parallel(Branches):
     [(4, 3), (5,)]
     """
 
-    def forward(self, x: tuple[Any, ...]) -> tuple[Any, ...]:
-        if not isinstance(x, (tuple, list)) or len(x) != len(self.bodies):
+    def forward(self, *inputs: Any) -> tuple[Any, ...]:
+        x = inputs[0] if len(inputs) == 1 else inputs
+        if not isinstance(x, (tuple, list)) or len(x) != len(self.layers):
             came = f"{len(x)} of them" if isinstance(x, (tuple, list)) else type(x).__name__
-            problem = f"x must be a tuple of {len(self.bodies)} inputs, one a body, got {came}"
+            problem = f"x must be a tuple of {len(self.layers)} inputs, one per body, got {came}"
             raise self.error(ShapeError, "forward", problem)
-        out = tuple([_call(body, str(i), x[i]) for i, body in enumerate(self.bodies)])
+        out = tuple([body.forward_at(i, x[i]) for i, body in enumerate(self.layers)])
         self.push(out=out)
         return out
 
@@ -268,22 +315,6 @@ class Parallel(Branches):
         self.pop(dout)
         dxs = self._backward_each(list(dout), need_dx)
         return tuple(dxs) if need_dx else None
-
-
-def _call(body: Layer, step: str, x: Any) -> Any:
-    try:
-        return body.forward(x)
-    except Exception as error:
-        locate(error, step, body)
-        raise
-
-
-def _call_back(body: Layer, step: str, dout: Any, need_dx: bool) -> Any:
-    try:
-        return body.backward(dout) if need_dx or not body.takes_need_dx else body.backward(dout, need_dx=False)
-    except Exception as error:
-        locate(error, step, body)
-        raise
 
 
 def _total(terms: list[Any]) -> Any:

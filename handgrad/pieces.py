@@ -1,0 +1,60 @@
+"""Large tensors in pieces that the processor's cache holds, and a fast exp: all that the formulas know of memory.
+
+Several passes over a piece in the cache cost one trip to memory, which for large tensors is what takes the time. So a
+formula is written plainly, as if a tensor were whole, and `blockwise` hands it one piece after the other.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.compiler import is_compiling
+
+LOG2_E = math.log2(math.e)
+FEW = 1 << 12  # numbers below which a further call costs more than it can save
+WHOLE = 1 << 20  # numbers that are not cut in pieces: up to there the calls cost more than the trips to memory
+PIECE = 1 << 17  # numbers in a piece: 512 KB of float32, so that three pieces are within a core's own cache
+
+
+def blockwise(formula: Callable[..., Any], *tensors: Tensor) -> Any:
+    """``formula(*tensors)``, of large tensors computed piece by piece along dimension 0.
+
+    The tensors are as long as each other; the formula gets the same rows of each. It returns rows of its own, one for
+    each of theirs, or a tuple of rows and of sums over its rows: the rows are joined, the sums added up.
+
+    In a compiled graph tensors stay whole: there, torch makes one pass of many by itself.
+
+    >>> x = torch.ones(4, 1 << 20)
+    >>> rows, total = blockwise(lambda piece: (2 * piece, piece.sum(0)), x)
+    >>> bool((rows == 2).all()), bool((total == 4).all())
+    (True, True)
+    """
+    first = tensors[0]
+    count = first.numel()
+    if count <= WHOLE or is_compiling():
+        return formula(*tensors)
+    length = len(first)
+    step = max(1, PIECE * length // count)
+    joined: Tensor | None = None
+    sums: list[Any] = []
+    for i, piece in enumerate(zip(*[torch.split(t, step) for t in tensors])):
+        result = formula(*piece)
+        rows, *parts = result if isinstance(result, tuple) else (result,)
+        if joined is None:
+            joined = rows.new_empty(length, *rows.shape[1:])
+        joined[i * step : i * step + len(rows)] = rows  # while the cache still holds them
+        sums.append(parts)
+    totals = [torch.stack(parts).sum(0) for parts in zip(*sums)]
+    return (joined, *totals) if totals else joined
+
+
+def exp(x: Tensor) -> Tensor:
+    """``e^x``; of many numbers as ``2^(LOG2_E x)``, for torch's exp2 is up to three times as fast as its exp.
+
+    The product with LOG2_E is rounded, so that a relative error of eps becomes one of (1 + |x|) eps.
+    """
+    return torch.exp(x) if x.numel() < FEW or is_compiling() else torch.exp2(x * LOG2_E)

@@ -1,0 +1,56 @@
+"""What goes through memory in pieces is what the formula gives of the whole."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from handgrad import pieces
+from handgrad.pieces import blockwise, exp
+
+
+@pytest.fixture
+def small_pieces(monkeypatch):
+    """Pieces of no more than four numbers, if not one row."""
+    monkeypatch.setattr(pieces, "WHOLE", 4)
+    monkeypatch.setattr(pieces, "PIECE", 4)
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (7,), (5, 2), (3, 9), (2, 1, 3)])
+def test_rows_are_joined_and_sums_added(small_pieces, shape):
+    a, b = torch.randn(shape, dtype=torch.float64), torch.randn(shape, dtype=torch.float64)
+    counted = []
+
+    def formula(a, b):
+        counted.append(a.shape)
+        return a * b, a.sum(0), (a + b).sum(0)
+
+    if a.dim() == 0:
+        assert torch.equal(blockwise(torch.mul, a, b), a * b)
+        return
+    rows, one, both = blockwise(formula, a, b)
+    torch.testing.assert_close(rows, a * b, rtol=0, atol=0)
+    torch.testing.assert_close(one, a.sum(0))
+    torch.testing.assert_close(both, (a + b).sum(0))
+    assert sum(shape[0] for shape in counted) == a.shape[0]
+    assert len(counted) == 1 or max(shape.numel() for shape in counted) <= max(4, a[0].numel())
+
+
+def test_rows_may_have_another_width_and_dtype(small_pieces):
+    x = torch.arange(24.0).view(8, 3)
+    out = blockwise(lambda rows: rows.sum(1, keepdim=True).to(torch.float64), x)
+    assert torch.equal(out, x.sum(1, keepdim=True).to(torch.float64))
+
+
+def test_a_small_tensor_comes_whole():
+    x = torch.randn(8, 3)
+    assert blockwise(lambda rows: rows, x) is x
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_exp_of_many_numbers_is_exp(dtype):
+    x = torch.linspace(-80, 80, pieces.FEW + 1, dtype=dtype)
+    eps = torch.finfo(dtype).eps
+    relative = (exp(x) / torch.exp(x.double()).to(dtype) - 1).abs()
+    assert bool((relative <= 4 * eps * (1 + x.abs())).all())
+    assert torch.equal(exp(x[:5]), torch.exp(x[:5]))
