@@ -77,6 +77,7 @@ def run_script(recipe: Recipe, args: argparse.Namespace, stop: Stop) -> int:
     with progress_bar(run) as show_progress:
 
         def go_on() -> bool:
+            """Between two stretches of steps: save now and then, show progress; whether to go on."""
             nonlocal saved
             if time.monotonic() - saved > SAVE_EVERY:
                 save()

@@ -18,17 +18,17 @@ LONGEST_SAMPLE = 64  # characters after which a sampled name is cut off
 
 
 def train(run: Run, step: TrainStep, split: Split, val: Split, go_on: Callable[[], bool]) -> None:
-    """Take the steps that are left, in groups; before each group `go_on()` says whether to."""
+    """Take the steps that are left, in short stretches; before each, `go_on()` says whether to take it."""
     config, started = run.config, run.step
     validate_every = max(1, config.steps // VALIDATIONS)
     while run.step < config.steps and go_on():
-        end = end_of_group(run.step, config.steps, validate_every)
+        end = end_of_stretch(run.step, config.steps, validate_every)
         for group in run.optimizer.param_groups:
             group["lr"] = config.lr_at(run.step)
         begun = time.perf_counter()
         xs, ys = minibatches(split, end - run.step, config.batch_size, run.generator)
         run.losses[run.step : end] = step.many(xs, ys)  # of each minibatch: forward, loss, backward, update
-        if run.step > started:  # the first group warms up, or compiles
+        if run.step > started:  # the first stretch warms up, or compiles
             run.seconds += time.perf_counter() - begun
             run.timed_steps += end - run.step
         run.step = end
@@ -36,11 +36,11 @@ def train(run: Run, step: TrainStep, split: Split, val: Split, go_on: Callable[[
             run.validations.append((run.step, evaluate(run.model, val)))
 
 
-def end_of_group(step: int, steps: int, validate_every: int) -> int:
-    """Where a group that begins at `step` ends: at the next look or validation, at half of the steps, or at the end.
+def end_of_stretch(step: int, steps: int, validate_every: int) -> int:
+    """The step where a stretch through `step` ends: for a look, a validation, at half of the steps, or after the last.
 
-    That never depends on the clock or on where the run began: so a resumed run takes its steps in the same groups, and
-    rounds alike where a group is one compiled graph.
+    That never depends on the clock or on where the run began: so a resumed run takes its steps in the same
+    stretches, and rounds alike where several steps are one compiled graph.
     """
     multiples = ((step // period + 1) * period for period in (STEPS_PER_LOOK, validate_every))
     return min(end for end in (*multiples, steps // 2, steps) if end > step)

@@ -1,4 +1,4 @@
-"""The training loop: the same again for the same seed, in the same groups of steps; and the loss on a split."""
+"""The training loop: the same again for the same seed, in the same stretches of steps; and the loss on a split."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ def test_two_runs_with_one_seed_are_identical(tmp_path: Path, data: Path) -> Non
     assert not equal_checkpoints(tmp_path / "a", tmp_path / "c")
 
 
-def test_groups_of_steps_depend_on_the_step_alone() -> None:
-    """From any step inside a group, its end is the same; groups end at looks, at validations, half-way and at last."""
-    ends = {step: training.end_of_group(step, steps=130, validate_every=50) for step in range(130)}
+def test_where_a_stretch_ends_depends_on_the_step_alone() -> None:
+    """From any step inside it; it ends at a look, at a validation, half-way and at last."""
+    ends = {step: training.end_of_stretch(step, steps=130, validate_every=50) for step in range(130)}
     assert sorted(set(ends.values())) == [40, 50, 65, 80, 100, 120, 130]
     assert all(end == min(e for e in ends.values() if e > step) for step, end in ends.items())
 
