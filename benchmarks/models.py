@@ -19,25 +19,25 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "models"))
 
-import names
-import twins
+from names_twins import TWINS, load
 
 from handgrad import CrossEntropy, Dropout, TrainStep
 from handgrad.bench import environment, interleave, ratio
 from handgrad.bench.timing import timed
+from names.data import DATA, Vocabulary, minibatch, read_names
 
 
 class Contenders:
     """A model and its twin, with the same weights, data and optimizer; each call takes one step."""
 
     def __init__(self, name: str, people: list[str]) -> None:
-        self.recipe, make_twin = twins.TWINS[name]
-        config, vocabulary = self.recipe.defaults, names.Vocabulary.of(people)
+        self.recipe, make_twin = TWINS[name]
+        config, vocabulary = self.recipe.defaults, Vocabulary.of(people)
         self.data = self.recipe.split(people, vocabulary, config.block_size, torch.device("cpu"))
         self.config, self.generator = config, torch.Generator().manual_seed(1)
         self.model = self.recipe.build(config, len(vocabulary), self.generator)
         self.twin = make_twin(config, len(vocabulary))
-        twins.load(self.twin, self.model)
+        load(self.twin, self.model)
         self.ready()
 
     def ready(self) -> None:
@@ -50,11 +50,11 @@ class Contenders:
 
     def by_hand(self) -> None:
         """A step of handgrad."""
-        self.step(*names.minibatch(self.data, self.config.batch_size, self.generator))
+        self.step(*minibatch(self.data, self.config.batch_size, self.generator))
 
     def by_autograd(self) -> None:
         """A step of torch.nn."""
-        x, y = names.minibatch(self.data, self.config.batch_size, self.generator)
+        x, y = minibatch(self.data, self.config.batch_size, self.generator)
         loss = nn.functional.cross_entropy(self.twin(x), y)
         self.optimizer.zero_grad()
         loss.backward()
@@ -89,13 +89,13 @@ class Contenders:
 def main() -> int:
     """Measure, print the table, write the JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", default=",".join(twins.TWINS), help="which (default: all)")
+    parser.add_argument("--models", default=",".join(TWINS), help="which (default: all)")
     parser.add_argument("--seconds", type=float, default=20.0, help="time for each model (default 20)")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default 1)")
     parser.add_argument("--json", type=Path, metavar="PATH", help="write the results here")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    people = names.read_names(names.DATA)
+    people = read_names(DATA)
     rows: dict[str, dict[str, Any]] = {}
     for name in tqdm(args.models.split(","), disable=None, unit="model"):
         contenders = Contenders(name, people)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import sys
 
-import names
 import torch
 from torch import Tensor
 
@@ -27,6 +26,9 @@ from handgrad import (
     ShapeError,
     parameter,
 )
+from names.command_line import main
+from names.errors import InputError
+from names.run import Config, Recipe
 
 HEADS, BLOCKS = 4, 3
 
@@ -62,11 +64,11 @@ class Positions(Layer):
         return dout
 
 
-def build(config: names.Config, vocabulary: int, generator: torch.Generator) -> Layer:
+def build(config: Config, vocabulary: int, generator: torch.Generator) -> Layer:
     """GPT-2 in small: the tables start small, everything else as torch.nn has it."""
     dim = config.embedding_dim
     if dim % HEADS:
-        raise names.InputError(f"--embedding-dim must be a multiple of the {HEADS} heads, got {dim}")
+        raise InputError(f"--embedding-dim must be a multiple of the {HEADS} heads, got {dim}")
     blocks = [
         layer
         for _ in range(BLOCKS)
@@ -97,10 +99,8 @@ def build(config: names.Config, vocabulary: int, generator: torch.Generator) -> 
     return Sequential(table, Positions(config.block_size, dim, generator), *blocks, LayerNorm(dim), Flatten(0, 1), head)
 
 
-DEFAULTS = names.Config(block_size=16, embedding_dim=64, hidden_dim=256, steps=15_000, lr=2e-3, dropout=0.1)
-RECIPE = names.Recipe(
-    "names_gpt", __doc__, build, DEFAULTS, ("tied", "dropout"), sequences=True, optimizer=torch.optim.AdamW
-)
+DEFAULTS = Config(block_size=16, embedding_dim=64, hidden_dim=256, steps=15_000, lr=2e-3, dropout=0.1)
+RECIPE = Recipe("names_gpt", __doc__, build, DEFAULTS, ("tied", "dropout"), sequences=True, optimizer=torch.optim.AdamW)
 
 if __name__ == "__main__":
-    sys.exit(names.main(RECIPE))
+    sys.exit(main(RECIPE))

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import sys
 
-import names
 import torch
 
 from handgrad import Embedding, Flatten, GRUCell, Layer, Linear, Sequential, Unroll
+from names.command_line import main
+from names.run import Config, Recipe
 
 
-def build(config: names.Config, vocabulary: int, generator: torch.Generator) -> Layer:
+def build(config: Config, vocabulary: int, generator: torch.Generator) -> Layer:
     """One row of logits for each place of each name."""
     return Sequential(
         Embedding(vocabulary, config.embedding_dim, generator=generator),
@@ -24,8 +25,8 @@ def build(config: names.Config, vocabulary: int, generator: torch.Generator) -> 
     )
 
 
-DEFAULTS = names.Config(block_size=16, embedding_dim=32, hidden_dim=128, steps=8_000, lr=3e-3)
-RECIPE = names.Recipe("names_gru", __doc__, build, DEFAULTS, sequences=True, optimizer=torch.optim.AdamW)
+DEFAULTS = Config(block_size=16, embedding_dim=32, hidden_dim=128, steps=8_000, lr=3e-3)
+RECIPE = Recipe("names_gru", __doc__, build, DEFAULTS, sequences=True, optimizer=torch.optim.AdamW)
 
 if __name__ == "__main__":
-    sys.exit(names.main(RECIPE))
+    sys.exit(main(RECIPE))

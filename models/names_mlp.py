@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import sys
 
-import names
 import torch
 
 from handgrad import BatchNorm1d, Embedding, Flatten, Layer, Linear, Sequential, Tanh
+from names.command_line import main
+from names.run import Config, Recipe
 
 
-def build(config: names.Config, vocabulary: int, generator: torch.Generator) -> Layer:
+def build(config: Config, vocabulary: int, generator: torch.Generator) -> Layer:
     """The model with the lecture's initial weights: gain 5/3 before tanh, small logits at the start."""
     context = config.block_size * config.embedding_dim
     return Sequential(
@@ -27,7 +28,8 @@ def build(config: names.Config, vocabulary: int, generator: torch.Generator) -> 
     )
 
 
-RECIPE = names.Recipe("names_mlp", __doc__, build, options=("unbiased",))
+RECIPE = Recipe("names_mlp", __doc__, build, options=("unbiased",))
+"""`main` reads the flags and trains this model; the training loop is `train` in models/names/training.py."""
 
 if __name__ == "__main__":
-    sys.exit(names.main(RECIPE))
+    sys.exit(main(RECIPE))

@@ -14,15 +14,17 @@ import argparse
 import sys
 from pathlib import Path
 
-import names
 import torch
 from torch import Tensor
 
 from handgrad import BatchNorm1d, CrossEntropy, Embedding, Flatten, Linear, Sequential, Tanh
+from names.data import DATA, Vocabulary, minibatch, read_names, split_names, windows
+from names.errors import InputError
+from names.flags import whole
 
 EPS = 1e-5
 NOISE = 1e-9  # of the largest value in the gradient: far above float64 rounding, far below any mistake
-ZERO = 1e-12  # and for what is zero but for rounding, as the gradient of b1: the batch norm takes every constant off
+ZERO = 1e-12  # added to that, for gradients that are zero up to rounding, as b1's is: batch norm subtracts any constant
 
 
 def initial_parameters(vocabulary: int, block_size: int, generator: torch.Generator) -> dict[str, Tensor]:
@@ -195,7 +197,7 @@ def layers(p: dict[str, Tensor], context: Tensor, target: Tensor) -> dict[str, T
 
 
 def show(title: str, gradients: dict[str, Tensor], reference: dict[str, Tensor]) -> bool:
-    """Print one row a gradient; whether all are the reference's but for rounding."""
+    """Print one row per gradient; whether all equal the reference's up to rounding."""
     print(f"\n{title}\n{'gradient of':<16} {'shape':<12} {'exact':<6} {'approximate':<12} max difference")
     right = True
     for name, gradient in gradients.items():
@@ -211,20 +213,20 @@ def show(title: str, gradients: dict[str, Tensor], reference: dict[str, Tensor])
 def main() -> int:
     """Run the walk; the exit code: 0, 1 for a wrong gradient, 2 for bad input."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=names.DATA, metavar="PATH", help="text file, one name a line")
-    parser.add_argument("--block-size", type=names.whole(1, 1024), default=3, metavar="N", help="context (default 3)")
-    parser.add_argument("--batch-size", type=names.whole(2, 2**16), default=32, metavar="N", help="rows (default 32)")
-    parser.add_argument("--seed", type=names.whole(0, 2**63 - 1), default=42, metavar="N", help="seed (default 42)")
+    parser.add_argument("--data", type=Path, default=DATA, metavar="PATH", help="text file, one name a line")
+    parser.add_argument("--block-size", type=whole(1, 1024), default=3, metavar="N", help="context (default 3)")
+    parser.add_argument("--batch-size", type=whole(2, 2**16), default=32, metavar="N", help="rows (default 32)")
+    parser.add_argument("--seed", type=whole(0, 2**63 - 1), default=42, metavar="N", help="seed (default 42)")
     args = parser.parse_args()
     try:
-        text = names.read_names(args.data)
-    except names.InputError as error:
+        names = read_names(args.data)
+    except InputError as error:
         print(f"names_mlp_by_hand: error: {error}", file=sys.stderr)
         return 2
     generator = torch.Generator().manual_seed(args.seed)
-    vocabulary = names.Vocabulary.of(text)
-    examples = names.windows(names.split_names(text, args.seed)["train"], vocabulary, args.block_size)
-    context, target = names.minibatch(examples, args.batch_size, generator)
+    vocabulary = Vocabulary.of(names)
+    examples = windows(split_names(names, args.seed)["train"], vocabulary, args.block_size)
+    context, target = minibatch(examples, args.batch_size, generator)
     p = initial_parameters(len(vocabulary), args.block_size, generator)
 
     v, reference = autograd(p, context, target)

@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import sys
 
-import names
 import torch
 
 from handgrad import BatchNorm1d, Embedding, FlattenConsecutive, Layer, Linear, Sequential, Tanh
+from names.command_line import main
+from names.errors import InputError
+from names.run import Config, Recipe
 
 
-def build(config: names.Config, vocabulary: int, generator: torch.Generator) -> Layer:
+def build(config: Config, vocabulary: int, generator: torch.Generator) -> Layer:
     """A level for each halving of the context, down to one vector."""
     levels = config.block_size.bit_length() - 1
     if config.block_size != 2**levels or levels == 0:
-        raise names.InputError(f"--block-size must be a power of two, at least 2, got {config.block_size}")
+        raise InputError(f"--block-size must be a power of two, at least 2, got {config.block_size}")
     layers: list[Layer] = [Embedding(vocabulary, config.embedding_dim, generator=generator)]
     width, hidden = config.embedding_dim, config.hidden_dim
     for _ in range(levels):
@@ -32,8 +34,8 @@ def build(config: names.Config, vocabulary: int, generator: torch.Generator) -> 
     return Sequential(*layers, Linear(hidden, vocabulary, gain=0.1, generator=generator))
 
 
-DEFAULTS = names.Config(block_size=8, embedding_dim=24, hidden_dim=128)
-RECIPE = names.Recipe("names_wavenet", __doc__, build, DEFAULTS, options=("unbiased",))
+DEFAULTS = Config(block_size=8, embedding_dim=24, hidden_dim=128)
+RECIPE = Recipe("names_wavenet", __doc__, build, DEFAULTS, options=("unbiased",))
 
 if __name__ == "__main__":
-    sys.exit(names.main(RECIPE))
+    sys.exit(main(RECIPE))

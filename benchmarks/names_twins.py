@@ -1,6 +1,7 @@
 """The names models once more, in torch.nn and trained by autograd: what the tests and the benchmarks compare with.
 
 Each twin has the parameters and buffers of the handgrad model in the same order, so `load` copies one into the other.
+models/ must be on the path.
 """
 
 from __future__ import annotations
@@ -8,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-import names
 import names_gpt
 import names_gru
 import names_mlp
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from handgrad import Layer
+from names.run import Config, Recipe
 
 
 class FlattenPairs(nn.Module):
@@ -35,8 +36,8 @@ class BatchNormOverTime(nn.BatchNorm1d):
         return super().forward(x.reshape(-1, x.shape[-1])).view(x.shape)
 
 
-class LastState(nn.GRU):
-    """All hidden states, without the last one that nn.GRU returns beside them."""
+class AllStates(nn.GRU):
+    """The hidden states of all steps, without the last one that nn.GRU returns beside them."""
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x)[0]
@@ -82,7 +83,7 @@ class Residual(nn.Module):
         return x + self.body(x)
 
 
-def mlp(config: names.Config, vocabulary: int) -> nn.Module:
+def mlp(config: Config, vocabulary: int) -> nn.Module:
     """names_mlp."""
     return nn.Sequential(
         nn.Embedding(vocabulary, config.embedding_dim),
@@ -94,7 +95,7 @@ def mlp(config: names.Config, vocabulary: int) -> nn.Module:
     )
 
 
-def wavenet(config: names.Config, vocabulary: int) -> nn.Module:
+def wavenet(config: Config, vocabulary: int) -> nn.Module:
     """names_wavenet."""
     layers: list[nn.Module] = [nn.Embedding(vocabulary, config.embedding_dim)]
     width, hidden = config.embedding_dim, config.hidden_dim
@@ -104,17 +105,17 @@ def wavenet(config: names.Config, vocabulary: int) -> nn.Module:
     return nn.Sequential(*layers, nn.Linear(hidden, vocabulary))
 
 
-def gru(config: names.Config, vocabulary: int) -> nn.Module:
+def gru(config: Config, vocabulary: int) -> nn.Module:
     """names_gru."""
     return nn.Sequential(
         nn.Embedding(vocabulary, config.embedding_dim),
-        LastState(config.embedding_dim, config.hidden_dim, batch_first=True),
+        AllStates(config.embedding_dim, config.hidden_dim, batch_first=True),
         nn.Flatten(0, 1),
         nn.Linear(config.hidden_dim, vocabulary),
     )
 
 
-def gpt(config: names.Config, vocabulary: int) -> nn.Module:
+def gpt(config: Config, vocabulary: int) -> nn.Module:
     """names_gpt."""
     dim, hidden = config.embedding_dim, config.hidden_dim
     blocks: list[nn.Module] = []
@@ -130,7 +131,7 @@ def gpt(config: names.Config, vocabulary: int) -> nn.Module:
     return nn.Sequential(table, positions, *blocks, nn.LayerNorm(dim), nn.Flatten(0, 1), head)
 
 
-TWINS: dict[str, tuple[names.Recipe, Callable[[names.Config, int], nn.Module]]] = {
+TWINS: dict[str, tuple[Recipe, Callable[[Config, int], nn.Module]]] = {
     "mlp": (names_mlp.RECIPE, mlp),
     "wavenet": (names_wavenet.RECIPE, wavenet),
     "gru": (names_gru.RECIPE, gru),

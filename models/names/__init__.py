@@ -1,0 +1,1 @@
+"""What the names models share, one job per file; `training` holds the training loop."""

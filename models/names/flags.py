@@ -1,0 +1,127 @@
+"""The flags of the scripts, and the kinds of numbers that they take."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from names.data import DATA
+from names.run import Recipe
+
+
+def whole(low: int, high: int) -> Callable[[str], int]:
+    """An argparse type: a whole number from `low` to `high`."""
+
+    def parse(text: str) -> int:
+        try:
+            value = int(text.replace("_", "").replace(",", ""))
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"expected a whole number, got {text!r}") from None
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"expected {low:,} to {high:,}, got {text}")
+        return value
+
+    return parse
+
+
+def rate(text: str) -> float:
+    """An argparse type: a finite number above 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected a number, got {text!r}") from None
+    if not (value > 0 and math.isfinite(value)):
+        raise argparse.ArgumentTypeError(f"expected a number above 0, got {text}")
+    return value
+
+
+def share(text: str) -> float:
+    """An argparse type: a number that is at least 0 and below 1."""
+    try:
+        value = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected a number, got {text!r}") from None
+    if not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(f"expected a number from 0 up to 1, got {text}")
+    return value
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "unbiased": {"action": "store_const", "const": True, "help": "normalise batches with n - 1, as the lecture does"},
+    "tied": {"action": "store_const", "const": True, "help": "share the embedding's table with the output layer"},
+    "dropout": {"type": share, "metavar": "P", "help": "share of the activations to drop in training (default 0.1)"},
+}
+"""The flags that only some models have: see Recipe.options."""
+
+
+def parse_flags(recipe: Recipe, argv: Sequence[str] | None) -> argparse.Namespace:
+    """Read the command line. A flag that is a field of Config is None where it was not given."""
+    defaults = recipe.defaults
+    parser = argparse.ArgumentParser(
+        prog=recipe.name, description=recipe.description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+
+    def size(name: str, low: int, high: int, text: str, group: Any) -> None:
+        default = getattr(defaults, name[2:].replace("-", "_"))
+        group.add_argument(name, type=whole(low, high), metavar="N", help=f"{text} (default {default:,})")
+
+    data = parser.add_argument_group("data and model")
+    data.add_argument(
+        "--data",
+        type=Path,
+        default=DATA,
+        metavar="PATH",
+        help="text file, one name a line (default: the shipped names)",
+    )
+    size("--block-size", 1, 1024, "characters of context", data)
+    size("--embedding-dim", 1, 65536, "numbers a character is embedded in", data)
+    size("--hidden-dim", 1, 65536, "hidden units", data)
+    for option in recipe.options:
+        data.add_argument(f"--{option}", **OPTIONS[option])
+    training = parser.add_argument_group("training")
+    size("--steps", 0, 10**9, "training steps; the learning rate drops to a tenth halfway", training)
+    size("--batch-size", 2, 2**20, "examples a step", training)
+    training.add_argument(
+        "--lr", type=rate, metavar="X", help=f"learning rate of the first half (default {defaults.lr:g})"
+    )
+    size("--seed", 0, 2**63 - 1, "seed of the split, the initial weights, the minibatches and the samples", training)
+    training.add_argument("--compile", action="store_true", help="compile the training step: faster, after a minute")
+    training.add_argument(
+        "--device", default="cpu", metavar="NAME", help="where to train: cpu, cuda, cuda:1, ... (default cpu)"
+    )
+    training.add_argument(
+        "--threads",
+        type=whole(1, 1024),
+        default=1,
+        metavar="N",
+        help="CPU threads (default 1: the fastest for a model this small)",
+    )
+    result = parser.add_argument_group("checks and results")
+    result.add_argument(
+        "--check",
+        action="store_true",
+        help="before training, hold the first gradients against autograd, in float64; exit 1 if any is off",
+    )
+    result.add_argument(
+        "--samples", type=whole(0, 10**6), default=20, metavar="N", help="names to sample at the end (default 20)"
+    )
+    result.add_argument(
+        "--save",
+        type=Path,
+        metavar="PATH",
+        help="keep a checkpoint here (safetensors), every few seconds, on Ctrl-C and at the end",
+    )
+    result.add_argument(
+        "--resume",
+        type=Path,
+        metavar="PATH",
+        help="go on from this checkpoint, with its configuration; only --steps may differ",
+    )
+    result.add_argument("--plot", type=Path, metavar="PATH", help="draw the loss curve here (PNG)")
+    result.add_argument(
+        "--report", type=Path, metavar="PATH", help="write losses, samples, speed and configuration here (JSON)"
+    )
+    return parser.parse_args(argv)

@@ -1,0 +1,85 @@
+"""What a run shows: a progress bar while it trains, a plot of its losses, and a report."""
+
+from __future__ import annotations
+
+import io
+import math
+import platform
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+import handgrad
+from names.errors import require
+from names.run import Run
+
+
+@contextmanager
+def progress_bar(run: Run) -> Iterator[Callable[[], None]]:
+    """A bar with losses and steps per second, on a terminal only; yields the function that moves it to `run.step`."""
+    tqdm = require("tqdm").tqdm
+    with tqdm(total=run.config.steps, initial=run.step, unit="step", disable=None, dynamic_ncols=True) as bar:
+
+        def move() -> None:
+            if run.step > bar.n and not bar.disable:
+                loss = float(run.losses[max(0, run.step - 1000) : run.step].mean())
+                val = f"{run.validations[-1][1]:.4f}" if run.validations else "..."
+                bar.set_postfix(loss=f"{loss:.4f}", val=val)
+                bar.update(run.step - bar.n)
+
+        yield move
+        move()
+
+
+def plot(run: Run, title: str) -> bytes:
+    """A PNG picture of the losses: of each step, faint; their running mean; on validation; and where the lr changes."""
+    require("matplotlib").use("Agg")
+    pyplot = require("matplotlib.pyplot")
+    losses, window = run.losses[: run.step], min(1000, max(1, run.step // 20))
+    figure, axes = pyplot.subplots(figsize=(9, 5), layout="constrained")
+    raw = {"color": "tab:blue", "alpha": max(0.03, min(0.3, 600 / (run.step + 1))), "markersize": 1.5}
+    axes.plot(range(1, run.step + 1), losses.numpy(), "o", markeredgewidth=0, label="minibatch", **raw)
+    if run.step:
+        sums = torch.cat([torch.zeros(1, dtype=torch.float64), losses.double().cumsum(0)])
+        means = (sums[window:] - sums[:-window]) / window
+        label = f"mean over {window:,} steps"
+        axes.plot(range(window, run.step + 1), means.numpy(), color="tab:blue", linewidth=1.8, label=label)
+        if run.step > 20:
+            axes.set_ylim(*(float(losses.nan_to_num().quantile(share)) for share in (0.002, 0.998)))
+    if run.validations:
+        axes.plot(*zip(*run.validations), "o-", color="tab:orange", markersize=4, label="validation")
+    change = run.config.steps // 2
+    if 0 < change < run.step:
+        axes.axvline(change, color="gray", linestyle="--", linewidth=1)
+        text = f" lr {run.config.lr_at(change - 1):g} to {run.config.lr_at(change):g}"
+        axes.text(change, 0.98, text, transform=axes.get_xaxis_transform(), va="top", color="gray")
+    axes.set(title=title, xlabel="step", ylabel="cross-entropy (nats a character)")
+    axes.xaxis.set_major_formatter("{x:,.0f}")
+    axes.grid(alpha=0.2)
+    for line in axes.legend(loc="upper right").get_lines():
+        line.set(alpha=1, markersize=4)
+    image = io.BytesIO()
+    figure.savefig(image, dpi=120, format="png")
+    pyplot.close(figure)
+    return image.getvalue()
+
+
+def report(run: Run, losses: dict[str, float], samples: list[str], settings: dict[str, Any]) -> dict[str, Any]:
+    """The result of a run, ready for JSON; a loss that is infinite or not a number is null."""
+    return {
+        "parameters": run.parameters,
+        "steps": run.step,
+        **{f"{name}_loss": loss if math.isfinite(loss) else None for name, loss in losses.items()},
+        "steps_per_second": run.steps_per_second,
+        "samples": samples,
+        "config": asdict(run.config) | settings,
+        "versions": {
+            "handgrad": handgrad.__version__,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+            "platform": platform.platform(),
+        },
+    }

@@ -1,0 +1,60 @@
+"""What a run shows of itself."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+
+import names_mlp
+import pytest
+import torch
+
+from names.data import Vocabulary
+from names.output import plot, progress_bar, report
+from names.run import Config, Run
+
+
+class Terminal(io.StringIO):
+    """A stream that calls itself a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def new_run(steps: int) -> Run:
+    return Run.new(names_mlp.RECIPE, Config(steps=steps), Vocabulary(".abc"), torch.device("cpu"))
+
+
+@pytest.mark.parametrize(("stream", "shown"), [(Terminal(), True), (io.StringIO(), False)])
+def test_the_bar_shows_progress_on_a_terminal_only(
+    stream: io.StringIO, shown: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It ends where the run ends, with the mean loss and the last validation loss."""
+    monkeypatch.setattr(sys, "stderr", stream)
+    run = new_run(steps=4)
+    with progress_bar(run) as show_progress:
+        show_progress()
+        run.losses[:], run.step = 2.5, 4
+        run.validations.append((4, 2.25))
+    text = stream.getvalue()
+    assert ("4/4" in text and "loss=2.5000, val=2.2500" in text) if shown else text == ""
+
+
+def test_a_loss_that_is_no_number_is_null_in_the_report() -> None:
+    """JSON has no NaN and no infinity."""
+    losses = {"train": 2.5, "val": float("nan"), "test": float("inf")}
+    result = report(new_run(steps=3), losses, ["ada"], {"threads": 1})
+    assert [result[f"{name}_loss"] for name in losses] == [2.5, None, None]
+    assert result["config"]["steps"] == 3
+    assert result["config"]["threads"] == 1
+    json.dumps(result, allow_nan=False)
+
+
+@pytest.mark.parametrize("step", [0, 1, 30])
+def test_a_run_is_drawn_at_any_step(step: int) -> None:
+    """Before the first step, after one, and at the end, a loss that is not a number among them."""
+    run = new_run(steps=30)
+    run.step, run.losses[:step] = step, torch.linspace(3, 2, step)
+    run.losses[step // 2] = float("nan")
+    assert plot(run, "a title").startswith(b"\x89PNG")
