@@ -23,7 +23,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
-from handgrad import SGD, BatchNorm1d, CrossEntropy, Embedding, Flatten, Linear, Sequential, Tanh, TrainStep
+from handgrad import (
+    SGD,
+    BatchNorm1d,
+    CrossEntropy,
+    Embedding,
+    Flatten,
+    Linear,
+    Sequential,
+    Tanh,
+    TrainStep,
+    keep_freed_memory,
+)
 from handgrad.bench import environment, interleave, ratio
 from handgrad.bench.report import seconds_text, table, write_json
 from handgrad.bench.timing import timed
@@ -488,6 +499,7 @@ def main() -> None:
     p = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     p.add_argument("--wide", action="store_true", help="hidden 1024, batch 1024")
     p.add_argument("--threads", type=int, default=1, help="for everybody (default: 1)")
+    p.add_argument("--keep-memory", action="store_true", help="keep freed memory in the process, for everybody")
     p.add_argument("--seconds", type=float, default=60.0, help="to take turns for (default: 60)")
     p.add_argument("--json", type=Path, help="write the results to this file")
     args = p.parse_args()
@@ -496,12 +508,14 @@ def main() -> None:
         flags = f"--xla_cpu_multi_thread_eigen={'true' if args.threads > 1 else 'false'}"
         settings = {**dict.fromkeys(names, str(args.threads)), "XLA_FLAGS": flags}
         os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **settings})
+    if args.keep_memory:
+        keep_freed_memory()
     env = environment()
     print(f"{env['machine']}, torch {env['torch']}", flush=True)
     hidden, batch = (1024, 1024) if args.wide else (64, 32)
     results = measure(hidden, batch, args.threads, args.seconds, args.wide)
     if args.json:
-        write_json(args.json, results)
+        write_json(args.json, results, keep_memory=args.keep_memory)
 
 
 if __name__ == "__main__":

@@ -46,7 +46,9 @@ def markdown(results: Path) -> str:
         ("layers_kept", layers),
         ("names_mlp", steps),
         ("wide_1", steps),
+        ("wide_1_kept", steps),
         ("wide_2", steps),
+        ("wide_2_kept", steps),
         ("wide_layers", halves),
         ("memory", memory),
         ("checks", checks),
@@ -117,6 +119,7 @@ def steps(data: dict[str, Any]) -> tuple[str, Sequence[Sequence[str]], list[str]
         rows.append([r["contender"] + star, *cells, seconds_text(r["first_result_seconds"])])
     first = results[0]
     title = f"A step of the names MLP: hidden {first['hidden']}, batch {first['batch']}, {first['threads']} thread(s)"
+    title += ", freed memory kept" if data.get("keep_memory") else ""
     return title, rows, ["Sampling the minibatch included; the time to the first result includes compiling."]
 
 
@@ -126,7 +129,7 @@ def memory(data: dict[str, Any]) -> tuple[str, Sequence[Sequence[str]], list[str
     title = f"Peak memory of a step: {data['depth']} x (Linear, BatchNorm1d, Tanh), width {data['width']}"
     notes = [
         f"Batch {data['batch']}, each in a fresh process, above what model, optimizer and data take. Freed memory is",
-        "kept where TrainStep has its default, keep_memory=True; autograd gets the same settings by the environment.",
+        "kept by handgrad.keep_freed_memory(); autograd gets the same settings by the environment.",
     ]
     return title, rows, notes
 
@@ -163,8 +166,13 @@ def main() -> None:
             [*every, "--seconds", "0.05" if args.quick else "1", *sizes],
             [*kept, "--seconds", "0.05" if args.quick else "2", *sizes],
             script("names_mlp.py", "--seconds", turns, "--json", str(out / "names_mlp.json")),
-            script("names_mlp.py", "--wide", "--seconds", turns, "--json", str(out / "wide_1.json")),
-            script("names_mlp.py", "--wide", "--threads", "2", "--seconds", turns, "--json", str(out / "wide_2.json")),
+            *(
+                script(
+                    "names_mlp.py", "--wide", "--threads", threads, "--seconds", turns, *keep, "--json", str(out / name)
+                )
+                for threads in ("1", "2")
+                for keep, name in (([], f"wide_{threads}.json"), (["--keep-memory"], f"wide_{threads}_kept.json"))
+            ),
             [*wide, "--seconds", "0.05" if args.quick else "2"],
             script("memory.py", "--json", str(out / "memory.json")),
             script("models.py", "--seconds", "1" if args.quick else "20", "--json", str(out / "models.json")),

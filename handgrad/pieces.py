@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
 from torch.compiler import is_compiling
+
+R = TypeVar("R")  # rows, or (rows, sums, ...)
 
 LOG2_E = math.log2(math.e)
 FEW = 1 << 12  # numbers below which a further call costs more than it can save
@@ -20,7 +22,7 @@ WHOLE = 1 << 20  # numbers that are not cut in pieces: up to there the calls cos
 PIECE = 1 << 17  # numbers in a piece: 512 KB of float32, so that three pieces are within a core's own cache
 
 
-def blockwise(formula: Callable[..., Any], *tensors: Tensor) -> Any:
+def blockwise(formula: Callable[..., R], *tensors: Tensor) -> R:
     """``formula(*tensors)``, of large tensors computed piece by piece along dimension 0.
 
     The tensors are as long as each other; the formula gets the same rows of each. It returns rows of its own, one for
@@ -39,17 +41,17 @@ def blockwise(formula: Callable[..., Any], *tensors: Tensor) -> Any:
         return formula(*tensors)
     length = len(first)
     step = max(1, PIECE * length // count)
-    joined: Tensor | None = None
+    joined: Any = None
     sums: list[Any] = []
     for i, piece in enumerate(zip(*[torch.split(t, step) for t in tensors])):
-        result = formula(*piece)
+        result: Any = formula(*piece)
         rows, *parts = result if isinstance(result, tuple) else (result,)
         if joined is None:
             joined = rows.new_empty(length, *rows.shape[1:])
         joined[i * step : i * step + len(rows)] = rows  # while the cache still holds them
         sums.append(parts)
     totals = [torch.stack(parts).sum(0) for parts in zip(*sums)]
-    return (joined, *totals) if totals else joined
+    return cast(R, (joined, *totals) if totals else joined)
 
 
 def exp(x: Tensor) -> Tensor:

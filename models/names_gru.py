@@ -10,7 +10,7 @@ import sys
 
 import torch
 
-from handgrad import Embedding, Flatten, GRUCell, Layer, Linear, Sequential, Unroll
+from handgrad import GRU, Embedding, Flatten, Layer, Linear, Sequential
 from names.command_line import main
 from names.run import Config, Recipe
 
@@ -19,7 +19,7 @@ def build(config: Config, vocabulary: int, generator: torch.Generator) -> Layer:
     """One row of logits for each place of each name."""
     return Sequential(
         Embedding(vocabulary, config.embedding_dim, generator=generator),
-        Unroll(GRUCell(config.embedding_dim, config.hidden_dim, generator=generator)),
+        GRU(config.embedding_dim, config.hidden_dim, batch_first=True, generator=generator),
         Flatten(0, 1),
         Linear(config.hidden_dim, vocabulary, generator=generator),
     )

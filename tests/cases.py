@@ -305,7 +305,7 @@ layer("Unroll over the first dimension", lambda D, H: hg.Unroll(hg.LSTMCell(D, H
 
 
 def _sequence(module: type[nn.RNNBase], layer: Any, x: torch.Tensor, state: Any = None) -> Any:
-    """torch's module on the layer's weights, its state without the dimension of layers."""
+    """Torch's module on the layer's weights, its state without the dimension of layers."""
     kind = {"nonlinearity": layer.nonlinearity} if module is nn.RNN else {}
     rnn = module(layer.input_size, layer.hidden_size, bias=layer.bias, batch_first=layer.batch_first, **kind).to(
         x.dtype

@@ -17,7 +17,7 @@ from handgrad.bench.compare import Comparison, compare
 from handgrad.bench.environment import environment
 from handgrad.bench.report import as_dict, head, lines, plot, write_json
 from handgrad.errors import HandgradError
-from handgrad.train import keep_freed_memory
+from handgrad.memory import keep_freed_memory
 
 SIZES = "32x64,256x512,4096x1024"
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}

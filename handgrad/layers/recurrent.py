@@ -1,8 +1,8 @@
 """Recurrence over a sequence: `Unroll` runs any cell step by step; `RNN`, `GRU` and `LSTM` are whole layers, and fast.
 
-What makes them fast: one matrix product for the inputs of all steps, and in backward one for each gradient. Step by step
-goes only what needs the step before: b = h @ weight_hh.T + bias_hh and the new state; in backward db @ weight_hh.
-All that forward alone determines (the slopes s.. below) is computed for all steps at once.
+What makes them fast: one matrix product for the inputs of all steps, and in backward one for each gradient. Only what
+needs the step before goes step by step: b = h @ weight_hh.T + bias_hh and the new state; in backward db @ weight_hh.
+All that forward alone determines (the slopes sr, sz, ... below) is computed for all steps at once.
 """
 
 from __future__ import annotations
@@ -269,7 +269,9 @@ class GRU(Recurrent):
             r, z = rz.chunk(2, -1)
             n = torch.tanh(torch.addcmul(an, r, bn))
             hs.append(torch.lerp(n, hs[-1], z))  # (1 - z) n + z h
-            rzs.append(rz), ns.append(n), bns.append(bn)
+            rzs.append(rz)
+            ns.append(n)
+            bns.append(bn)
         h, rz, n, bn = map(torch.stack, (hs, rzs, ns, bns))  # h (T + 1, N, H), the others (T, N, ...)
         out = self.by_step(h[1:])
         result = (out, hs[-1]) if self.return_state else out
@@ -344,7 +346,9 @@ class LSTM(Recurrent):
             cs.append(torch.addcmul(f * cs[-1], i, g))
             us.append(torch.tanh(cs[-1]))
             hs.append(o * us[-1])
-            i_fs.append(i_f), gs.append(g), os.append(o)
+            i_fs.append(i_f)
+            gs.append(g)
+            os.append(o)
         h, c, i_f, g, o, u = map(torch.stack, (hs, cs, i_fs, gs, os, us))  # h, c (T + 1, N, H), the others (T, N, ...)
         out = self.by_step(h[1:])
         result = (out, (hs[-1], cs[-1])) if self.return_state else out

@@ -19,7 +19,7 @@ class BCEWithLogits(Loss):
                which overflows nowhere; "mean" takes the mean of all elements, "sum" their sum, "none" neither
     Shapes:    x and target the same, any; weight and pos_weight broadcast against them; loss () or like x
     Backward:  d log(1 + exp(-x)) / dx = -sigmoid(-x), hence
-               dx = dlosses weight ((1 - y) - a sigmoid(-x)), where dlosses is dout, or dout/n for the mean of n elements;
+               dx = dlosses weight ((1 - y) - a sigmoid(-x)), where dlosses is dout, or dout/n for the mean of n;
                without weights that is the familiar dlosses (s - y)
     Recorded:  x, target
     Raises:    ShapeError where the shapes differ; DtypeError; ArgumentError for an unknown reduction; StateError.
@@ -57,9 +57,8 @@ class BCEWithLogits(Loss):
         # loss = weight ((1 - y) x + a log(1 + exp(-x)))
         if weight is not None:
             dlosses = dlosses * weight
-        if a is None:
-            return dlosses * (torch.sigmoid(x) - target)
-        return dlosses * (1 - target - a * torch.sigmoid(-x))
+        dx: Tensor = torch.sigmoid(x) - target if a is None else (1 - target) - a * torch.sigmoid(-x)
+        return dlosses * dx
 
     def _slope(self, target: Tensor) -> Tensor | None:
         return None if self.pos_weight is None else 1 + (self.pos_weight - 1) * target

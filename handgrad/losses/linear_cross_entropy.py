@@ -111,7 +111,8 @@ class LinearCrossEntropy(ClassLoss):
             if dbias is not None:
                 dbias += dz.sum(0)
         self.add_grad(weight, dweight)
-        self.add_grad(bias, dbias)
+        if dbias is not None:
+            self.add_grad(bias, dbias)
         return dx.view_as(x)
 
     def _chunks(self, rows: int) -> Iterator[tuple[int, int]]:

@@ -35,4 +35,5 @@ class MSE(Loss):
         (diff,) = self.pop(dout)
         # loss = (x - target)^2
         dlosses = self.dlosses(dout, diff, max(diff.numel(), 1))
-        return 2 * dlosses * diff
+        dx: Tensor = 2 * dlosses * diff
+        return dx

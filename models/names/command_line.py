@@ -13,7 +13,7 @@ from dataclasses import asdict
 
 import torch
 
-from handgrad import CrossEntropy, TrainStep
+from handgrad import CrossEntropy, TrainStep, keep_freed_memory
 from names.checkpoint import load_checkpoint, resume, save_checkpoint, write_atomically
 from names.data import Split, Vocabulary, fingerprint, minibatch, read_names, split_names
 from names.errors import InputError, require
@@ -92,8 +92,9 @@ def run_script(recipe: Recipe, args: argparse.Namespace, stop: Stop) -> int:
 
 
 def set_up(device_name: str, threads: int) -> torch.device:
-    """Prepare torch for the run; returns the device, once it has been seen to work."""
+    """Prepare the process for the run; returns the device, once it has been seen to work."""
     torch.set_num_threads(threads)
+    keep_freed_memory()
     try:
         device = torch.device(device_name)
         torch.zeros(1, device=device).item()

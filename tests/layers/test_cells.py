@@ -50,7 +50,7 @@ def test_errors_and_repr():
         LSTMCell(3, 4)(torch.zeros(2, 3), torch.zeros(2, 4))
     with pytest.raises(DtypeError, match=r"must have torch\.float32, the dtype of the parameters"):
         GRUCell(3, 4)(torch.zeros(2, 3), torch.zeros(2, 4, dtype=torch.float64))
-    with pytest.raises(DtypeError, match="x must be a torch.Tensor, got list"):
+    with pytest.raises(DtypeError, match=r"x must be a torch\.Tensor, got list"):
         LSTMCell(3, 4)([1.0])
     with pytest.raises(ArgumentError, match="RNNCell: nonlinearity must be 'tanh' or 'relu', got 'gelu'"):
         RNNCell(3, 4, nonlinearity="gelu")
