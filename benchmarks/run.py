@@ -68,7 +68,7 @@ def markdown(results: Path) -> str:
 
 
 def layers(data: dict[str, Any]) -> tuple[str, Sequence[Sequence[str]], list[str]]:
-    """A row a layer: autograd's time over ours at each size, and the memory at the largest."""
+    """One row per layer: autograd's time over ours at each size, and the memory at the largest."""
     results = data["results"]
     sizes = sorted({tuple(r["size"]) for r in results})
     rows = [["layer", *(f"{n}x{d}" for n, d in sizes), "recorded: ours", "autograd's", "peak: ours", "autograd's"]]
@@ -96,7 +96,7 @@ def layers(data: dict[str, Any]) -> tuple[str, Sequence[Sequence[str]], list[str
 
 
 def halves(data: dict[str, Any]) -> tuple[str, Sequence[Sequence[str]], list[str]]:
-    """A row a layer: forward and backward by themselves."""
+    """One row per layer: forward and backward by themselves."""
     rows = [["layer", "forward: ours", "autograd's", "ratio", "backward: ours", "autograd's", "ratio"]]
     for r in data["results"]:
         ours, theirs = r["by"]["handgrad"], r["by"]["autograd"]
@@ -109,7 +109,7 @@ def halves(data: dict[str, Any]) -> tuple[str, Sequence[Sequence[str]], list[str
 
 
 def steps(data: dict[str, Any]) -> tuple[str, Sequence[Sequence[str]], list[str]]:
-    """A row a contender: the time of a step."""
+    """One row per contender: the time of a step."""
     results = sorted(data["results"], key=lambda r: r["seconds"])
     rows = [["contender", "a step", "spread", "autograd's time over this", "to the first result"]]
     for r in results:
@@ -124,7 +124,7 @@ def steps(data: dict[str, Any]) -> tuple[str, Sequence[Sequence[str]], list[str]
 
 
 def memory(data: dict[str, Any]) -> tuple[str, Sequence[Sequence[str]], list[str]]:
-    """A row a contender: how far memory rises."""
+    """One row per contender: how far memory rises."""
     rows = [MEMORY_HEAD, *map(memory_row, data["results"])]
     title = f"Peak memory of a step: {data['depth']} x (Linear, BatchNorm1d, Tanh), width {data['width']}"
     notes = [

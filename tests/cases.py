@@ -1,16 +1,22 @@
-"""The one registry of layers: how each public layer and loss is checked. A new layer adds its line here."""
+"""The one registry of checks: what is drawn for each public layer and loss. A new layer adds its line here.
+
+A case makes the layer from either library: `lib` is handgrad, and then handgrad.twins, whose module judges it.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional
 
 import handgrad as hg
+from handgrad import twins
 from handgrad.bridge import ModuleLayer
 from handgrad.testing import check_layer, check_loss, check_optimizer
 
@@ -33,160 +39,128 @@ CASES: dict[str, Case] = {}
 OPTIMIZERS: dict[str, Case] = {}
 
 
-def layer(name: str, make: Callable[..., Any], x: Any, covers: type | None = None, **keywords: Any) -> None:
-    """Register a layer under the name of its class, and a few words where there are several cases."""
-    CASES[name] = Case(covers or getattr(hg, name.split()[0]), check_layer, (make, x), keywords)
+def case(
+    name: str, x: Any, make: Callable[..., Any] | None = None, *, covers: type | None = None, **keywords: Any
+) -> None:
+    """Register a check under the name of its class, and a few words where there are several.
 
-
-def loss(name: str, make: Callable[..., Any], x: str, target: str, **keywords: Any) -> None:
-    """Register a loss."""
-    CASES[name] = Case(getattr(hg, name.split()[0]), check_loss, (make, x, target), keywords)
+    x is the input, or a list of them: a loss's has its target. `make` takes the library, sizes and options; by default
+    it is the class without arguments. The twin judges, unless keywords have another `reference`, or `module`.
+    """
+    kind = name.split()[0]
+    covers = covers or getattr(hg, kind)
+    make = make or (lambda lib: getattr(lib, kind)())
+    if not keywords.keys() & {"reference", "module"}:
+        keywords["module"] = partial(make, twins)
+    is_loss = issubclass(covers, hg.Loss)
+    ours = partial(make, hg)
+    CASES[name] = Case(covers, check_loss if is_loss else check_layer, (ours, *x) if is_loss else (ours, x), keywords)
 
 
 BOTH = [True, False]
 REDUCTIONS = ["mean", "sum", "none"]
 
-layer("Tanh", hg.Tanh, "*N", module=nn.Tanh)
-layer("Sigmoid", hg.Sigmoid, "*N", module=nn.Sigmoid)
-layer("ReLU", hg.ReLU, "*N", module=nn.ReLU, kinks={0.0: 0.0})
-layer(
+# ---------------------------------------------------------------------- layers/activation.py
+case("Tanh", "*N")
+case("Sigmoid", "*N")
+case("ReLU", "*N", kinks={0.0: 0.0})
+case(
     "LeakyReLU",
-    lambda slope: hg.LeakyReLU(slope),
     "*N",
-    options={"slope": [0.01, 0.3, 1.5]},
+    lambda lib, slope: lib.LeakyReLU(slope),
+    options={"slope": [0.01, 0.3, 1.5, -0.3]},
     kinks={0.0: None},
-    reference=lambda layer, x: functional.leaky_relu(x, layer.negative_slope),
 )
-layer("SiLU", hg.SiLU, "*N", module=nn.SiLU)
-layer(
-    "GELU",
-    lambda approximate: hg.GELU(approximate),
-    "*N",
-    options={"approximate": ["none", "tanh"]},
-    module=lambda approximate: nn.GELU(approximate),
-)
-layer(
-    "Softmax", lambda dim: hg.Softmax(dim), "N *M C", options={"dim": [0, -1, -2]}, module=lambda dim: nn.Softmax(dim)
-)
-layer(
-    "LogSoftmax",
-    lambda dim: hg.LogSoftmax(dim),
-    "N *M C",
-    options={"dim": [0, -1, -2]},
-    module=lambda dim: nn.LogSoftmax(dim),
-)
-layer(
-    "Linear",
-    lambda D, K, bias: hg.Linear(D, K, bias=bias),
-    "*N D",
-    options={"bias": BOTH},
-    module=lambda D, K, bias: nn.Linear(D, K, bias=bias),
-)
-layer(
-    "Embedding",
-    lambda V, D: hg.Embedding(V, D),
-    "*N < V",
-    module=lambda V, D: nn.Embedding(V, D),
-)
-layer(
+case("SiLU", "*N")
+case("GELU", "*N", lambda lib, approximate: lib.GELU(approximate), options={"approximate": ["none", "tanh"]})
+for kind in ("Softmax", "LogSoftmax"):
+    make = lambda lib, dim, kind=kind: getattr(lib, kind)(dim)  # noqa: E731
+    case(kind, "N *M C", make, options={"dim": [0, -1, -2]})
+    case(f"{kind} of any shape", "*N", make, options={"dim": [0, -1]})
+
+# ---------------------------------------------------------------------- layers/linear.py, sparse.py, flatten.py
+case("Linear", "*N D", lambda lib, D, K, bias: lib.Linear(D, K, bias=bias), options={"bias": BOTH})
+case("Embedding", "*N < V", lambda lib, V, D: lib.Embedding(V, D))
+case(
     "Embedding with padding_idx",
-    lambda V, D: hg.Embedding(V, D, padding_idx=-1),
     "*N < V",
-    module=lambda V, D: nn.Embedding(V, D, padding_idx=-1),
+    lambda lib, V, D: lib.Embedding(V, D, padding_idx=-1),
     skip={"differences": "the padding row is used, and by definition has no gradient"},
 )
-layer("Flatten", hg.Flatten, "N *M", sizes={"*M": (1, 3)}, module=nn.Flatten)
-layer(
+case("Flatten", "N *M", sizes={"*M": (1, 3)})
+case(
     "Flatten of some dimensions",
-    lambda start, end: hg.Flatten(start, end),
     "N A B C",
+    lambda lib, start, end: lib.Flatten(start, end),
     options={"start": [0, 1], "end": [1, 2, -1]},
-    module=lambda start, end: nn.Flatten(start, end),
 )
-layer(
+case(
     "FlattenConsecutive",
-    lambda: hg.FlattenConsecutive(2),
-    "N 4 C",
-    reference=lambda x: x.reshape(x.shape[0], 2, 2 * x.shape[2]),
+    "N 12 C",
+    lambda lib, size: lib.FlattenConsecutive(size),
+    sizes={"N": (1, 2), "C": (1, 2)},
+    options={"size": [2, 1, 3, 4, 6, 12]},
 )
-layer(
-    "FlattenConsecutive to the last step",
-    lambda: hg.FlattenConsecutive(3),
-    "N 3 C",
-    reference=lambda x: x.reshape(x.shape[0], 3 * x.shape[2]),
-)
+case("FlattenConsecutive to the last step", "N T C", lambda lib, T: lib.FlattenConsecutive(T))
+
+# ---------------------------------------------------------------------- layers/batchnorm.py, normalization.py
 NORM = {"eps": [1e-5, 0.1], "momentum": [0.1, 0.7, None], "affine": BOTH, "track": BOTH}
-layer(
+case(
     "BatchNorm1d",
-    lambda C, eps, momentum, affine, track: hg.BatchNorm1d(C, eps, momentum, affine, track),
     "N C *L",
+    lambda lib, C, eps, momentum, affine, track: lib.BatchNorm1d(C, eps, momentum, affine, track),
     sizes={"*L": (0, 1)},
     options=NORM,
-    module=lambda C, eps, momentum, affine, track: nn.BatchNorm1d(C, eps, momentum, affine, track),
 )
-
-
-def unbiased_batch_norm(layer: hg.BatchNorm1d, x: torch.Tensor) -> torch.Tensor:
-    """The makemore lecture's normalisation, with n - 1."""
-    if layer.training:
-        out = (x - x.mean(0)) / (x.var(0) + layer.eps).sqrt()
-    else:
-        out = (x - layer.running_mean) / (layer.running_var + layer.eps).sqrt()
-    return out * layer.weight + layer.bias
-
-
-layer(
+case(
     "BatchNorm1d unbiased",
-    lambda C: hg.BatchNorm1d(C, eps=1e-3, unbiased=True),
-    "N C",
-    sizes={"N": (2, 5)},
-    reference=unbiased_batch_norm,
+    "N C *L",
+    lambda lib, C, eps, momentum, affine, track: lib.BatchNorm1d(C, eps, momentum, affine, track, unbiased=True),
+    sizes={"N": (2, 5), "*L": (0, 1)},
+    options=NORM,
 )
-
-
-class ChannelsLast(nn.BatchNorm1d):
-    """torch's module, its channels moved to the end."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Normalise over all dimensions but the last."""
-        return super().forward(x.reshape(-1, x.shape[-1])).reshape(x.shape)
-
-
-layer(
+case(
     "BatchNorm1d channels_last",
-    lambda C: hg.BatchNorm1d(C, channels_last=True),
-    "N T C",
-    module=lambda C: ChannelsLast(C),
+    "N *T C",
+    lambda lib, C, eps, momentum, affine, track: lib.BatchNorm1d(C, eps, momentum, affine, track, channels_last=True),
+    sizes={"*T": (0, 2)},
+    options=NORM,
 )
-layer(
+case(
     "LayerNorm",
-    lambda D, eps, affine, bias: hg.LayerNorm(D, eps, affine, bias),
     "*N D",
+    lambda lib, D, eps, affine, bias: lib.LayerNorm(D, eps, affine, bias),
     options={"eps": [1e-5, 0.1], "affine": BOTH, "bias": BOTH},
-    module=lambda D, eps, affine, bias: nn.LayerNorm(D, eps, affine, bias),
 )
-layer(
+case(
     "LayerNorm over two dimensions",
-    lambda T, D: hg.LayerNorm((T, D)),
     "*N T D",
-    module=lambda T, D: nn.LayerNorm((T, D)),
+    lambda lib, T, D, kind: lib.LayerNorm(kind((T, D))),
+    options={"kind": [tuple, list]},
 )
-layer(
+case(
     "RMSNorm",
-    lambda D, eps, affine: hg.RMSNorm(D, eps, affine),
     "*N D",
+    lambda lib, D, eps, affine: lib.RMSNorm(D, eps, affine),
     options={"eps": [1e-5, 0.1], "affine": BOTH},
-    module=lambda D, eps, affine: nn.RMSNorm(D, eps, affine),
 )
-layer(
+case(
     "RMSNorm over two dimensions",
-    lambda T, D: hg.RMSNorm((T, D), eps=0.1),
     "*N T D",
-    module=lambda T, D: nn.RMSNorm((T, D), eps=0.1),
+    lambda lib, T, D, kind: lib.RMSNorm(kind((T, D)), eps=0.1),
+    options={"kind": [tuple, list]},
+)
+case(
+    "RMSNorm with the default eps",
+    "*N D",
+    lambda lib, D: lib.RMSNorm(D),
+    skip={"dtypes": "eps is that of the dtype: in float32 it is another function"},
 )
 
+# ---------------------------------------------------------------------- layers/dropout.py
 
-def _dropped(layer: hg.Dropout, x: torch.Tensor) -> torch.Tensor:
+
+def dropped(layer: hg.Dropout, x: Tensor) -> Tensor:
     """What Dropout gives, with a mask from the same uniform numbers; test_dropout.py has its share and scale."""
     if not layer.training or layer.p == 0:
         return x
@@ -194,372 +168,350 @@ def _dropped(layer: hg.Dropout, x: torch.Tensor) -> torch.Tensor:
     return x * kept / (1 - layer.p if layer.p < 1 else 1)
 
 
-layer(
+case(
     "Dropout",
-    lambda p: hg.Dropout(p),
     "*N",
+    lambda lib, p: lib.Dropout(p),
     options={"p": [0.5, 0.2, 0.0, 1.0]},
-    reference=_dropped,
+    reference=dropped,
     skip={"layouts": "the mask is drawn in the order of memory"},
 )
-layer(
-    "Dropout of nothing and of all",
-    lambda p: hg.Dropout(p),
-    "*N",
-    options={"p": [0.0, 1.0]},
-    module=lambda p: nn.Dropout(p),
-)
-layer(
+case("Dropout of nothing and of all", "*N", lambda lib, p: lib.Dropout(p), options={"p": [0.0, 1.0]})
+
+# ---------------------------------------------------------------------- layers/attention.py
+case(
     "SelfAttention",
-    lambda causal, bias, heads: hg.SelfAttention(4, heads, bias, causal=causal),
-    "*N T 4",
-    sizes={"*N": (0, 2)},
-    options={"causal": BOTH, "bias": BOTH, "heads": [1, 2, 4]},
-    reference=lambda layer, x: (
-        functional.multi_head_attention_forward(
-            *[x.reshape(-1, *x.shape[-2:]).transpose(0, 1)] * 3,
-            4,
-            layer.num_heads,
-            layer.in_proj_weight,
-            layer.in_proj_bias,
-            None,
-            None,
-            False,
-            0.0,
-            layer.out_proj.weight,
-            layer.out_proj.bias,
-            need_weights=False,
-            attn_mask=torch.ones(x.shape[-2], x.shape[-2]).tril().log().to(x) if layer.causal else None,
-        )[0]
-        .transpose(0, 1)
-        .reshape(x.shape)
-    ),
+    "*N T D",
+    lambda lib, D, heads, bias, causal: lib.SelfAttention(D, math.gcd(D, heads), bias, causal=causal),
+    sizes={"*N": (0, 2), "D": (1, 6)},
+    options={"heads": [1, 2, 12], "bias": BOTH, "causal": BOTH},
 )
-for cell, module, state in (
-    (hg.RNNCell, nn.RNN, "N H"),
-    (hg.GRUCell, nn.GRU, "N H"),
-    (hg.LSTMCell, nn.LSTM, ("N H",) * 2),
-):
-    layer(
-        f"Unroll of {cell.__name__}",
-        lambda D, H, bias, cell=cell: hg.Unroll(cell(D, H, bias), return_state=True),
-        ["N T D", state],
-        covers=hg.Unroll,
-        options={"bias": BOTH},
-        reference=lambda layer, x, state, module=module: _recurrent(module, layer.cell, x, state),
-    )
-CELL = {"sizes": {"*N": (0, 1)}, "options": {"bias": BOTH}}
-layer(
-    "RNNCell",
-    lambda D, H, bias: hg.RNNCell(D, H, bias),
-    ["*N D", "*N H"],
-    module=lambda D, H, bias: nn.RNNCell(D, H, bias),
-    **CELL,
-)
-layer(
-    "GRUCell",
-    lambda D, H, bias: hg.GRUCell(D, H, bias),
-    ["*N D", "*N H"],
-    module=lambda D, H, bias: nn.GRUCell(D, H, bias),
-    **CELL,
-)
-layer(
-    "LSTMCell",
-    lambda D, H, bias: hg.LSTMCell(D, H, bias),
-    ["*N D", ("*N H", "*N H")],
-    module=lambda D, H, bias: nn.LSTMCell(D, H, bias),
-    **CELL,
-)
-layer("GRUCell from zeros", lambda D, H: hg.GRUCell(D, H), "*N D", module=lambda D, H: nn.GRUCell(D, H), **CELL)
-layer(
+
+# ---------------------------------------------------------------------- layers/cells.py
+CELL: dict[str, Any] = {"sizes": {"*N": (0, 1)}, "options": {"bias": BOTH}}
+case("RNNCell", ["*N D", "*N H"], lambda lib, D, H, bias: lib.RNNCell(D, H, bias), **CELL)
+case("GRUCell", ["*N D", "*N H"], lambda lib, D, H, bias: lib.GRUCell(D, H, bias), **CELL)
+case("LSTMCell", ["*N D", ("*N H", "*N H")], lambda lib, D, H, bias: lib.LSTMCell(D, H, bias), **CELL)
+case("RNNCell from zeros", "*N D", lambda lib, D, H, bias: lib.RNNCell(D, H, bias), **CELL)
+case("GRUCell from zeros", "*N D", lambda lib, D, H, bias: lib.GRUCell(D, H, bias), **CELL)
+case("LSTMCell from zeros", "*N D", lambda lib, D, H, bias: lib.LSTMCell(D, H, bias), **CELL)
+case(
     "RNNCell with relu",
-    lambda D, H: hg.RNNCell(D, H, nonlinearity="relu"),
     ["*N D", "*N H"],
-    module=lambda D, H: nn.RNNCell(D, H, nonlinearity="relu"),
-    sizes=CELL["sizes"],
+    lambda lib, D, H, bias: lib.RNNCell(D, H, bias, nonlinearity="relu"),
+    **CELL,
 )
 
-
-layer(
-    "Unroll",
-    lambda D, H: hg.Unroll(hg.RNNCell(D, H)),
-    "N T D",
-    reference=lambda layer, x: _recurrent(nn.RNN, layer.cell, x),
-)
-layer("Unroll with a state in and none out", lambda D, H: hg.Unroll(hg.LSTMCell(D, H)), ["N T D", ("N H", "N H")])
-layer("Unroll with a state out and none in", lambda D, H: hg.Unroll(hg.GRUCell(D, H), return_state=True), "N T D")
-layer(
-    "Unroll truncated",
-    lambda D, H, steps: hg.Unroll(hg.GRUCell(D, H), steps=steps),
-    "N T D",
-    options={"steps": [1, 2]},
-    skip={"differences": "the state handed over counts as a constant"},
-)
-layer(
-    "Unroll truncated with a state",
-    lambda D, H: hg.Unroll(hg.LSTMCell(D, H), steps=2, return_state=True),
-    ["N T D", ("N H", "N H")],
-    skip={"differences": "the state handed over every second step counts as a constant"},
-)
-layer("Unroll over the first dimension", lambda D, H: hg.Unroll(hg.LSTMCell(D, H), 0), "T N D")
-
-
-def _sequence(module: type[nn.RNNBase], layer: Any, x: torch.Tensor, state: Any = None) -> Any:
-    """Torch's module on the layer's weights, its state without the dimension of layers."""
-    kind = {"nonlinearity": layer.nonlinearity} if module is nn.RNN else {}
-    rnn = module(layer.input_size, layer.hidden_size, bias=layer.bias, batch_first=layer.batch_first, **kind).to(
-        x.dtype
-    )
-    first = tuple([s[None] for s in state]) if isinstance(state, tuple) else None if state is None else state[None]
-    out, last = torch.func.functional_call(rnn, dict(layer.named_parameters()), (x, first))
-    last = tuple([s[0] for s in last]) if isinstance(last, tuple) else last[0]
-    return (out, last) if layer.return_state else out
-
-
-for kind, module, state in ((hg.RNN, nn.RNN, "N H"), (hg.GRU, nn.GRU, "N H"), (hg.LSTM, nn.LSTM, ("N H",) * 2)):
-    name = kind.__name__
-    torchs = lambda layer, x, state=None, module=module: _sequence(module, layer, x, state)  # noqa: E731
-    layer(
-        name,
-        lambda D, H, bias, batch_first, return_state, kind=kind: kind(
-            D, H, bias=bias, batch_first=batch_first, return_state=return_state
-        ),
+# ---------------------------------------------------------------------- layers/recurrent.py
+for kind, state in (("RNN", "N H"), ("GRU", "N H"), ("LSTM", ("N H",) * 2)):
+    case(
+        kind,
         "T N D",
-        options={"bias": BOTH, "batch_first": BOTH, "return_state": [False] if kind is hg.LSTM else BOTH},
-        reference=torchs,
+        lambda lib, D, H, bias, batch_first, kind=kind: getattr(lib, kind)(D, H, bias=bias, batch_first=batch_first),
+        options={"bias": BOTH, "batch_first": BOTH},
     )
-    layer(
-        f"{name} with a state",
-        lambda D, H, return_state, kind=kind: kind(D, H, return_state=return_state),
+    case(
+        f"{kind} with a state",
         ["T N D", state],
-        options={"return_state": BOTH},
-        reference=torchs,
+        lambda lib, D, H, out, kind=kind: getattr(lib, kind)(D, H, return_state=out),
+        options={"out": BOTH},
     )
-    layer(f"{name} of one sequence", lambda D, H, kind=kind: kind(D, H), "T D", reference=torchs)
-layer(
-    "RNN with relu",
-    lambda D, H: hg.RNN(D, H, nonlinearity="relu"),
-    "T N D",
-    reference=lambda layer, x: _sequence(nn.RNN, layer, x),
+    case(f"{kind} of one sequence", "T D", lambda lib, D, H, kind=kind: getattr(lib, kind)(D, H))
+    case(
+        f"Unroll of {kind}Cell",
+        ["N T D", state],
+        lambda lib, D, H, kind=kind: lib.Unroll(getattr(lib, f"{kind}Cell")(D, H), return_state=True),
+    )
+case("RNN with relu", "T N D", lambda lib, D, H: lib.RNN(D, H, nonlinearity="relu"))
+case("Unroll", "N T D", lambda lib, D, H: lib.Unroll(lib.RNNCell(D, H)))
+case("Unroll with a state in and none out", ["N T D", "N H"], lambda lib, D, H: lib.Unroll(lib.GRUCell(D, H)))
+case("Unroll with a state out and none in", "N T D", lambda lib, D, H: lib.Unroll(lib.GRUCell(D, H), return_state=True))
+case("Unroll over the first dimension", "T N D", lambda lib, D, H: lib.Unroll(lib.LSTMCell(D, H), 0))
+CUT = {"differences": "the state handed over counts as a constant"}
+case(
+    "Unroll truncated",
+    "N T D",
+    lambda lib, D, H, steps: lib.Unroll(lib.GRUCell(D, H), steps=steps),
+    options={"steps": [1, 2]},
+    skip=CUT,
 )
-CONVOLUTION = {"stride": [1, 2, 3], "padding": [0, 1, 2], "dilation": [1, 2], "bias": BOTH}
-layer(
+case(
+    "Unroll truncated with a state",
+    ["N T D", ("N H", "N H")],
+    lambda lib, D, H: lib.Unroll(lib.LSTMCell(D, H), steps=2, return_state=True),
+    skip=CUT,
+)
+
+# ---------------------------------------------------------------------- layers/conv.py
+
+
+def padded(layer: hg.Conv1d | hg.Conv2d, x: Tensor) -> Tensor:
+    """What padding="same" means, written out: the odd one of the zeros at the end. torch warns of it."""
+    reach = [d * (k - 1) for d, k in zip(layer.dilation, layer.kernel_size)]
+    x = functional.pad(x, [side for r in reversed(reach) for side in (r // 2, r - r // 2)])
+    convolve = functional.conv1d if len(reach) == 1 else functional.conv2d
+    return convolve(x, layer.weight, layer.bias, dilation=layer.dilation, groups=layer.groups)
+
+
+CONVOLUTION = {"stride": [1, 2, 3], "padding": [0, 1, 2, 5, "valid"], "dilation": [1, 2, 3], "bias": BOTH}
+case(
     "Conv1d",
-    lambda C, K, stride, padding, dilation, bias: hg.Conv1d(C, 3, K, stride, padding, dilation, 1, bias),
     "N C L",
-    sizes={"L": (5, 8), "K": (1, 3), "C": (1, 2)},
-    options=CONVOLUTION,
-    module=lambda C, K, stride, padding, dilation, bias: nn.Conv1d(C, 3, K, stride, padding, dilation, 1, bias),
-)
-layer(
-    "Conv1d in groups",
-    lambda K, stride, padding, dilation, bias: hg.Conv1d(4, 6, K, stride, padding, dilation, 2, bias),
-    "N 4 L",
-    sizes={"L": (5, 8), "K": (1, 3)},
-    options=CONVOLUTION,
-    module=lambda K, stride, padding, dilation, bias: nn.Conv1d(4, 6, K, stride, padding, dilation, 2, bias),
-)
-layer(
-    "Conv1d that keeps the length",
-    lambda K, dilation: hg.Conv1d(2, 3, K, padding="same", dilation=dilation),
-    "2 L",
-    sizes={"L": (3, 8), "K": (1, 4)},
-    options={"dilation": [1, 2, 3]},
-    reference=lambda layer, x: functional.conv1d(
-        functional.pad(x, (_reach(layer) // 2, (_reach(layer) + 1) // 2)),
-        layer.weight,
-        layer.bias,
-        dilation=layer.dilation,
+    lambda lib, C, K, stride, padding, dilation, bias: lib.Conv1d(
+        C, 3, K, 1 if padding == "valid" else stride, padding, dilation, 1, bias
     ),
+    sizes={"L": (7, 9), "K": (1, 3), "C": (1, 2)},
+    options=CONVOLUTION,
 )
-layer(
+case(
+    "Conv1d in groups",
+    "N 4 L",
+    lambda lib, K, stride, padding, dilation, bias: lib.Conv1d(4, 6, K, stride, padding, dilation, 2, bias),
+    sizes={"L": (7, 9), "K": (1, 3), "N": (1, 2)},
+    options=CONVOLUTION,
+)
+case(
+    "Conv1d that keeps the length",
+    "2 L",
+    lambda lib, K, dilation, groups: lib.Conv1d(2, 4, K, padding="same", dilation=dilation, groups=groups),
+    sizes={"L": (3, 8), "K": (1, 4)},
+    options={"dilation": [1, 2, 3], "groups": [1, 2]},
+    reference=padded,
+)
+case(
     "Conv2d",
-    lambda C, stride, padding, dilation: hg.Conv2d(C, 2, (2, 3), stride, padding, dilation),
     "N C H W",
+    lambda lib, C, kernel, stride, padding, dilation: lib.Conv2d(C, 2, kernel, stride, padding, dilation),
     sizes={"H": (3, 5), "W": (3, 5), "C": (1, 2)},
-    options={"stride": [1, (2, 1), (1, 2)], "padding": [0, 1, (0, 2)], "dilation": [1, (2, 1)]},
-    module=lambda C, stride, padding, dilation: nn.Conv2d(C, 2, (2, 3), stride, padding, dilation),
+    options={
+        "kernel": [(2, 3), (1, 3), 2],
+        "stride": [1, (2, 1), (1, 2), (3, 2)],
+        "padding": [0, 1, (0, 2)],
+        "dilation": [1, (2, 1)],
+    },
 )
-layer(
+case(
     "Conv2d in groups",
-    lambda stride, bias: hg.Conv2d(4, 4, (3, 2), stride, 1, groups=2, bias=bias),
     "4 H W",
+    lambda lib, groups, stride, bias: lib.Conv2d(4, 4, (3, 2), stride, 1, groups=groups, bias=bias),
     sizes={"H": (2, 4), "W": (2, 4)},
-    options={"stride": [1, (2, 1)], "bias": BOTH},
-    module=lambda stride, bias: nn.Conv2d(4, 4, (3, 2), stride, 1, groups=2, bias=bias),
+    options={"groups": [2, 4], "stride": [1, (2, 1)], "bias": BOTH},
 )
-POOL = {"kernel_size": [2, (3, 2)], "stride": [None, 1, (2, 3)], "padding": [0, 1, (1, 0)], "ceil_mode": BOTH}
-layer(
+case(
+    "Conv2d that keeps the size",
+    "2 H W",
+    lambda lib, kernel, dilation, groups: lib.Conv2d(2, 2, kernel, padding="same", dilation=dilation, groups=groups),
+    sizes={"H": (1, 4), "W": (1, 4)},
+    options={"kernel": [3, (4, 3), (3, 2), (2, 4)], "dilation": [1, (3, 1)], "groups": [1, 2]},
+    reference=padded,
+)
+
+# ---------------------------------------------------------------------- layers/pooling.py
+POOL: dict[str, Any] = {
+    "window": [(2, 0), (2, 1), ((3, 2), 0), ((3, 2), 1), ((3, 2), (1, 0)), (1, 0), (3, 1)],  # kernel_size and padding
+    "stride": [None, 1, (2, 3)],
+    "ceil_mode": BOTH,
+}
+PLANE = {"*N": (0, 1), "H": (3, 5), "W": (3, 5)}
+case(
     "MaxPool2d",
-    lambda kernel_size, stride, padding, ceil_mode: hg.MaxPool2d(kernel_size, stride, padding, 1, ceil_mode),
     "*N C H W",
-    sizes={"*N": (0, 1), "H": (3, 5), "W": (3, 5)},
+    lambda lib, window, stride, ceil_mode: lib.MaxPool2d(window[0], stride, window[1], ceil_mode=ceil_mode),
+    sizes=PLANE,
     options=POOL,
     distinct=True,
-    module=lambda kernel_size, stride, padding, ceil_mode: nn.MaxPool2d(
-        kernel_size, stride, padding, 1, ceil_mode=ceil_mode
-    ),
 )
-layer(
+case(
+    "MaxPool2d with dilation and ties",
+    "N 1 H W",
+    # with a larger dilation, a window may lie in the padding alone
+    lambda lib, H, W, stride, dilation: lib.MaxPool2d(2, stride, 1, min(dilation, H, W)),
+    sizes={"N": (1, 2), "H": (1, 5), "W": (1, 5)},
+    options={"stride": [1, None], "dilation": [1, 2, 3]},
+    skip={"differences": "at a tie the maximum has no slope"},
+)
+case(
     "AvgPool2d",
-    lambda kernel_size, stride, padding, ceil_mode, count, divisor: hg.AvgPool2d(
-        kernel_size, stride, padding, ceil_mode, count, divisor
-    ),
     "*N C H W",
-    sizes={"*N": (0, 1), "H": (3, 5), "W": (3, 5)},
-    options=POOL | {"count": BOTH, "divisor": [None, 3]},
-    module=lambda kernel_size, stride, padding, ceil_mode, count, divisor: nn.AvgPool2d(
-        kernel_size, stride, padding, ceil_mode, count, divisor
+    lambda lib, window, stride, ceil_mode, count, divisor: lib.AvgPool2d(
+        window[0], stride, window[1], ceil_mode, count, divisor
     ),
+    sizes=PLANE,
+    options=POOL | {"count": BOTH, "divisor": [None, 3, -7]},
 )
-layer(
-    "Sequential",
-    lambda D, H, K: hg.Sequential(hg.Linear(D, H), hg.Tanh(), hg.Linear(H, K)),
-    "*N D",
-    module=lambda D, H, K: nn.Sequential(nn.Linear(D, H), nn.Tanh(), nn.Linear(H, K)),
-)
-layer(
+
+# ---------------------------------------------------------------------- layers/containers.py
+case("Sequential", "*N D", lambda lib, D, H, K: lib.Sequential(lib.Linear(D, H), lib.Tanh(), lib.Linear(H, K)))
+case("Sequential of nothing", "*N", lambda lib: lib.Sequential())
+case(
     "Sequential of the names MLP",
-    lambda V, D, H: hg.Sequential(
-        hg.Embedding(V, D), hg.Flatten(), hg.Linear(3 * D, H, bias=False), hg.BatchNorm1d(H), hg.Tanh(), hg.Linear(H, V)
-    ),
     "N 3 < V",
-    module=lambda V, D, H: nn.Sequential(
-        nn.Embedding(V, D), nn.Flatten(), nn.Linear(3 * D, H, bias=False), nn.BatchNorm1d(H), nn.Tanh(), nn.Linear(H, V)
+    lambda lib, V, D, H: lib.Sequential(
+        lib.Embedding(V, D),
+        lib.Flatten(),
+        lib.Linear(3 * D, H, bias=False),
+        lib.BatchNorm1d(H),
+        lib.Tanh(),
+        lib.Linear(H, V),
     ),
 )
 
 
-def shared_twice(D: int) -> hg.Sequential:
-    """One layer object in two places."""
-    linear = hg.Linear(D, D)
-    return hg.Sequential(linear, hg.Tanh(), linear)
+def thrice(lib: Any, D: int) -> hg.Sequential:
+    """One layer object in three places."""
+    linear = lib.Linear(D, D)
+    return lib.Sequential(linear, lib.Tanh(), linear, lib.Tanh(), linear)
 
 
-layer("Sequential with a shared layer", shared_twice, "*N D")
-layer("Identity", hg.Identity, "*N", module=nn.Identity)
-layer(
+def once(layer: hg.Sequential, x: Tensor) -> Tensor:
+    """The same with one layer."""
+    w, b = layer[0].weight, layer[0].bias
+    return functional.linear(functional.linear(functional.linear(x, w, b).tanh(), w, b).tanh(), w, b)
+
+
+case("Sequential with a shared layer", "*N D", thrice, reference=once)
+
+# ---------------------------------------------------------------------- layers/containers.py
+
+
+def bodies(lib: Any, D: int, count: int) -> list[Any]:
+    """The first bodies of a list; Identity hands on x and dout themselves, which nobody may write to."""
+    return [lib.Identity(), lib.Linear(D, D), lib.Tanh(), lib.Sequential(lib.Linear(D, D), lib.Tanh())][:count]
+
+
+COUNTS = {"count": [2, 1, 3, 4]}
+case("Identity", "*N")
+case(
     "Residual",
-    lambda D: hg.Residual(hg.Linear(D, D)),
     "*N D",
-    reference=lambda layer, x: x + functional.linear(x, layer.body.weight, layer.body.bias),
+    lambda lib, D, H: lib.Residual(lib.Sequential(lib.Linear(D, H), lib.Tanh(), lib.Linear(H, D))),
 )
-TWO = lambda kind: lambda D, H: kind(hg.Linear(D, H), hg.Sequential(hg.Linear(D, H), hg.Tanh()))  # noqa: E731
-
-
-def outputs(layer: hg.Sum, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """What the two bodies of `TWO` give."""
-    a, b = layer[0], layer[1][0]
-    return functional.linear(x, a.weight, a.bias), functional.linear(x, b.weight, b.bias).tanh()
-
-
-layer("Sum", TWO(hg.Sum), "*N D", reference=lambda layer, x: torch.add(*outputs(layer, x)))
-layer(
-    "Sum of embeddings",
-    lambda V, D: hg.Sum(hg.Embedding(V, D), hg.Embedding(V, D)),
-    "*N < V",
-    reference=lambda layer, x: layer[0].weight[x] + layer[1].weight[x],
-)
-layer("Product", TWO(hg.Product), "*N D", reference=lambda layer, x: torch.mul(*outputs(layer, x)))
-layer(
-    "Product of three",
-    lambda D: hg.Product(hg.Identity(), hg.Linear(D, D), hg.Tanh()),
-    "*N D",
-    reference=lambda layer, x: x * functional.linear(x, layer[1].weight, layer[1].bias) * x.tanh(),
-)
-layer(
+case("Residual of the identity", "*N", lambda lib: lib.Residual(lib.Identity()))
+case("Sum", "*N D", lambda lib, D, count: lib.Sum(*bodies(lib, D, count)), options=COUNTS)
+case("Sum of embeddings", "*N < V", lambda lib, V, D: lib.Sum(lib.Embedding(V, D), lib.Embedding(V, D)))
+case("Sum of views", "N", lambda lib: lib.Sum(lib.Identity(), lib.Flatten(0), lib.Identity()))
+case("Product", "*N D", lambda lib, D, count: lib.Product(*bodies(lib, D, count)), options=COUNTS)
+case(
     "Concat",
-    lambda D, H, K: hg.Concat(hg.Linear(D, H), hg.Linear(D, K), dim=-1),
-    "*N D",
-    reference=lambda layer, x: torch.cat([functional.linear(x, b.weight, b.bias) for b in layer], -1),
+    "N T D",
+    lambda lib, D, H, K, dim: lib.Concat(lib.Linear(D, H), lib.Linear(D, K), dim=dim),
+    options={"dim": [-1, 2]},
 )
-layer(
+case(
+    "Concat along any dimension",
+    "N T D",
+    lambda lib, D, count, dim: lib.Concat(*bodies(lib, D, count), dim=dim),
+    options=COUNTS | {"dim": [0, 1, -1, -2, -3]},
+)
+case(
     "Parallel",
-    lambda D, H, K: hg.Parallel(hg.Linear(D, K), hg.Linear(H, K)),
     [("N D", "N H")],
-    reference=lambda layer, x: tuple(functional.linear(t, b.weight, b.bias) for b, t in zip(layer, x)),
+    lambda lib, D, H, K: lib.Parallel(lib.Linear(D, K), lib.Linear(H, K)),
 )
-layer(
+case(
+    "Parallel in Parallel",
+    [("N D", ("M H", "*L"))],
+    lambda lib, D, H, K: lib.Parallel(lib.Linear(D, K), lib.Parallel(lib.Linear(H, K), lib.Tanh())),
+)
+case(
+    "Parallel with indices",
+    [("N < V", "*M")],
+    lambda lib, V, D: lib.Parallel(lib.Embedding(V, D), lib.Identity()),
+)
+
+
+def shared(lib: Any, D: int) -> hg.Sum:
+    """One layer object in four bodies, at several depths."""
+    linear = lib.Linear(D, D)
+    gate = lib.Product(linear, lib.Sequential(linear, lib.Tanh()))
+    return lib.Sum(lib.Residual(linear), gate, lib.Concat(lib.Sequential(linear), dim=-1))
+
+
+def written_out(layer: hg.Sum, x: Tensor) -> Tensor:
+    """The same with one layer."""
+    y = functional.linear(x, layer[0].body.weight, layer[0].body.bias)
+    return x + y + y * y.tanh() + y
+
+
+case("Sum with a shared layer", "*N D", shared, reference=written_out)
+
+# ---------------------------------------------------------------------- bridge.py
+case(
     "from_torch Linear",
-    lambda D, K: hg.from_torch(nn.Linear(D, K)),
     "*N D",
+    lambda lib, D, K: lib.from_torch(nn.Linear(D, K)),
     covers=ModuleLayer,
-    module=lambda D, K: nn.Linear(D, K),
 )
-layer(
+case(
     "from_torch BatchNorm1d",
-    lambda C: hg.from_torch(nn.BatchNorm1d(C)),
     "N C *L",
+    lambda lib, C: lib.from_torch(nn.BatchNorm1d(C)),
     covers=ModuleLayer,
     sizes={"*L": (0, 1)},
-    module=lambda C: nn.BatchNorm1d(C),
 )
-layer("from_torch GELU", lambda: hg.from_torch(nn.GELU()), "*N", covers=ModuleLayer, module=nn.GELU)
+case("from_torch GELU", "*N", lambda lib: lib.from_torch(nn.GELU()), covers=ModuleLayer)
 
-loss(
+# ---------------------------------------------------------------------- losses
+
+
+def weights(*shape: int) -> Tensor:
+    """A weight for each class, no two alike."""
+    return torch.linspace(0.5, 2, math.prod(shape)).reshape(shape)
+
+
+case(
     "CrossEntropy",
-    lambda C, weighted, ignored, smoothing, reduction: hg.CrossEntropy(
-        _class_weights(C) if weighted else None, 0 if ignored else -100, smoothing, reduction
-    ),
-    "N C *D",
-    "N *D < C",
-    sizes={"*D": (0, 2)},
-    options={"weighted": BOTH, "ignored": BOTH, "smoothing": [0.0, 0.2], "reduction": REDUCTIONS},
-    module=lambda C, weighted, ignored, smoothing, reduction: nn.CrossEntropyLoss(
-        _class_weights(C) if weighted else None,
+    ["N C *D", "N *D < C"],
+    lambda lib, C, weighted, ignored, smoothing, reduction: lib.CrossEntropy(
+        weights(C) if weighted else None,
         ignore_index=0 if ignored else -100,
         label_smoothing=smoothing,
         reduction=reduction,
     ),
+    sizes={"*D": (0, 2)},
+    options={"weighted": BOTH, "ignored": BOTH, "smoothing": [0.0, 0.2], "reduction": REDUCTIONS},
 )
-loss("CrossEntropy of one row", hg.CrossEntropy, "C", "< C", module=nn.CrossEntropyLoss)
-loss(
+case("CrossEntropy of one row", ["C", "< C"])
+case(
     "LinearCrossEntropy with ignored rows",
-    lambda D, V: hg.LinearCrossEntropy(D, V, bias=True, ignore_index=0, chunk_size=2),
-    "N D",
-    "N < V",
-    reference=lambda layer, x, target: functional.cross_entropy(
-        functional.linear(x, layer.linear.weight, layer.linear.bias), target, ignore_index=0
-    ),
+    ["N D", "N < V"],
+    lambda lib, D, V: lib.LinearCrossEntropy(D, V, bias=True, ignore_index=0, chunk_size=2),
 )
-loss(
+case(
     "LinearCrossEntropy",
-    lambda D, V, bias, ignored, reduction, chunk: hg.LinearCrossEntropy(
+    ["*N D", "*N < V"],
+    lambda lib, D, V, bias, ignored, reduction, chunk: lib.LinearCrossEntropy(
         D, V, bias=bias, ignore_index=0 if ignored else -100, reduction=reduction, chunk_size=chunk
     ),
-    "*N D",
-    "*N < V",
-    options={"bias": BOTH, "ignored": BOTH, "reduction": REDUCTIONS, "chunk": [1, 2, 100]},
-    reference=lambda layer, x, target: functional.cross_entropy(
-        functional.linear(x, layer.linear.weight, layer.linear.bias).reshape(-1, layer.linear.weight.shape[0]),
-        target.flatten(),
-        ignore_index=layer.ignore_index,
-        reduction=layer.reduction,
-    ).view(target.shape if layer.reduction == "none" else ()),
+    options={"bias": BOTH, "ignored": BOTH, "reduction": REDUCTIONS, "chunk": [1, 2, 3, 100]},
 )
-loss(
-    "MSE",
-    lambda reduction: hg.MSE(reduction),
-    "*N",
-    "*N",
-    options={"reduction": REDUCTIONS},
-    module=lambda reduction: nn.MSELoss(reduction=reduction),
-)
-loss(
+case("MSE", ["*N", "*N"], lambda lib, reduction: lib.MSE(reduction=reduction), options={"reduction": REDUCTIONS})
+case(
     "BCEWithLogits",
-    lambda D, weighted, reduction: hg.BCEWithLogits(
-        _class_weights(D) if weighted else None, reduction, 2 * _class_weights(D) if weighted else None
+    ["*N D", "*N D in 0 1"],
+    lambda lib, D, weighted, reduction: lib.BCEWithLogits(
+        weights(D) if weighted else None, reduction=reduction, pos_weight=2 * weights(D) if weighted else None
     ),
-    "*N D",
-    "*N D in 0 1",
     options={"weighted": BOTH, "reduction": REDUCTIONS},
-    module=lambda D, weighted, reduction: nn.BCEWithLogitsLoss(
-        _class_weights(D) if weighted else None,
-        reduction=reduction,
-        pos_weight=2 * _class_weights(D) if weighted else None,
+)
+WEIGHTS = {
+    "none": lambda N, D: None,
+    "()": lambda N, D: weights(),
+    "(1,)": lambda N, D: weights(1),
+    "(D,)": lambda N, D: weights(D),
+    "(N, 1)": lambda N, D: weights(N, 1),
+    "(N, D)": lambda N, D: weights(N, D),
+}
+case(
+    "BCEWithLogits with weights of any shape",
+    ["N D", "N D in 0 1"],
+    lambda lib, N, D, weight, pos_weight, reduction: lib.BCEWithLogits(
+        WEIGHTS[weight](N, D), reduction=reduction, pos_weight=WEIGHTS[pos_weight](N, D)
     ),
+    options={"weight": list(WEIGHTS), "pos_weight": list(WEIGHTS), "reduction": REDUCTIONS},
 )
 
+# ---------------------------------------------------------------------- optim.py
 OPTIMIZERS["SGD"] = Case(
     hg.SGD,
     check_optimizer,
@@ -576,21 +528,3 @@ OPTIMIZERS["SGD"] = Case(
         "refuses": lambda v: v["nesterov"] and (v["momentum"] == 0 or v["dampening"] != 0),
     },
 )
-
-
-def _class_weights(classes: int) -> torch.Tensor:
-    return torch.linspace(0.5, 2, classes)
-
-
-def _reach(conv: hg.Conv1d) -> int:
-    return conv.dilation[0] * (conv.kernel_size[0] - 1)
-
-
-def _recurrent(module: type[nn.RNNBase], cell: Any, x: torch.Tensor, state: Any = None) -> Any:
-    rnn = module(cell.input_size, cell.hidden_size, bias=cell.bias_ih is not None, batch_first=True).to(x.dtype)
-    weights = {f"{name}_l0": p for name, p in cell.named_parameters()}
-    if state is None:
-        return torch.func.functional_call(rnn, weights, (x,))[0]
-    first = tuple([s[None] for s in state]) if isinstance(state, tuple) else state[None]
-    out, last = torch.func.functional_call(rnn, weights, (x, first))
-    return out, tuple([s[0] for s in last]) if isinstance(last, tuple) else last[0]

@@ -42,7 +42,7 @@ def stepped() -> Any:
     return layer.backward(torch.ones(4, 2))
 
 
-CASES: list[tuple[Callable[[], Any], type[Exception], type[Exception], str]] = [
+ERRORS: list[tuple[Callable[[], Any], type[Exception], type[Exception], str]] = [
     # shapes
     (
         lambda: hg.Linear(30, 64)(torch.ones(32, 31)),
@@ -285,7 +285,7 @@ CASES: list[tuple[Callable[[], Any], type[Exception], type[Exception], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("act", "kind", "builtin", "message"), CASES)
+@pytest.mark.parametrize(("act", "kind", "builtin", "message"), ERRORS)
 def test_the_error(act: Callable[[], Any], kind: type[Exception], builtin: type[Exception], message: str) -> None:
     """Its class, the builtin that it also is, and its text to the letter."""
     with pytest.raises(hg.HandgradError, match=f"^{re.escape(message)}$") as caught:

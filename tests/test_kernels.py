@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
 
 import handgrad as hg
+from handgrad.twins import TWINS
 
 
 class Kernels(TorchDispatchMode):
@@ -21,47 +23,45 @@ class Kernels(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def draw(*shape):
-    return torch.randn(shape)
-
-
-LAYERS = [
-    (hg.Identity(), (draw(2, 3),)),
-    (hg.Residual(hg.Linear(3, 3)), (draw(2, 3),)),
-    (hg.Sum(hg.Linear(3, 3), hg.Tanh()), (draw(2, 3),)),
-    (hg.Product(hg.Linear(3, 3), hg.Sigmoid()), (draw(2, 3),)),
-    (hg.Concat(hg.Linear(3, 3), hg.ReLU(), dim=1), (draw(2, 3),)),
-    (hg.Parallel(hg.LeakyReLU(), hg.SiLU()), ((draw(2), draw(3)),)),
-    (hg.GELU(), (draw(2, 3),)),
-    (hg.GELU("tanh"), (draw(2, 3),)),
-    (hg.Softmax(1), (draw(2, 3),)),
-    (hg.LogSoftmax(1), (draw(2, 3),)),
-    (hg.LayerNorm(3), (draw(2, 3),)),
-    (hg.RMSNorm(3), (draw(2, 3),)),
-    (hg.BatchNorm1d(3), (draw(2, 3),)),
-    (hg.Dropout(0.5), (draw(2, 3),)),
-    (hg.FlattenConsecutive(2), (draw(2, 4, 3),)),
-    (hg.Flatten(), (draw(2, 4, 3),)),
-    (hg.Embedding(5, 3), (torch.tensor([1, 4]),)),
-    (hg.SelfAttention(4, 2, causal=True), (draw(2, 3, 4),)),
-    (hg.Unroll(hg.RNNCell(3, 4)), (draw(2, 3, 3),)),
-    (hg.Unroll(hg.GRUCell(3, 4)), (draw(2, 3, 3),)),
-    (hg.Unroll(hg.LSTMCell(3, 4)), (draw(2, 3, 3),)),
-    (hg.Conv1d(2, 4, 3, 2, 1, groups=2), (draw(2, 2, 7),)),
-    (hg.Conv2d(2, 4, 3, padding="same"), (draw(2, 2, 5, 5),)),
-    (hg.MaxPool2d(2), (draw(2, 2, 5, 5),)),
-    (hg.AvgPool2d(2), (draw(2, 2, 5, 5),)),
-    (hg.CrossEntropy(), (draw(2, 3), torch.tensor([0, 2]))),
-    (hg.MSE(), (draw(2, 3), draw(2, 3))),
-    (hg.BCEWithLogits(), (draw(2, 3), torch.rand(2, 3))),
-    (hg.LinearCrossEntropy(3, 5), (draw(2, 3), torch.tensor([0, 4]))),
-]
-
-
-@pytest.mark.parametrize(("layer", "inputs"), LAYERS, ids=lambda value: type(value).__name__)
-def test_no_kernel_of_a_derivative_runs(layer, inputs):
+def kernels_of(layer, inputs):
     with Kernels() as kernels:
         out = layer(*inputs)
-        layer.backward(tuple(map(torch.randn_like, out)) if isinstance(out, tuple) else torch.randn_like(out))
+        layer.backward(tree_map(torch.randn_like, out))
     assert kernels.names
-    assert not [name for name in kernels.names if "backward" in name]
+    return kernels.names
+
+
+def of_derivatives(names):
+    return [name for name in names if "backward" in name]
+
+
+def ordinary(name):
+    return TWINS[name].layer(16), TWINS[name].inputs(16, 16, torch.float32)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("name", [name for name in TWINS if name != "from_torch"])
+def test_no_kernel_of_a_derivative_runs_in(name, training):
+    layer, inputs = ordinary(name)
+    assert not of_derivatives(kernels_of(layer.train(training), inputs))
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape"),
+    [
+        (hg.GELU("tanh"), (2, 3)),
+        (hg.SelfAttention(4, 2, causal=True), (2, 3, 4)),
+        (hg.Unroll(hg.GRUCell(3, 4)), (2, 3, 3)),
+        (hg.Unroll(hg.LSTMCell(3, 4)), (2, 3, 3)),
+        (hg.Conv1d(2, 4, 3, 2, 1, groups=2), (2, 2, 7)),
+        (hg.Conv2d(2, 4, 3, padding="same"), (2, 2, 5, 5)),
+    ],
+    ids=lambda value: repr(value).split("\n")[0],
+)
+def test_nor_with_options_that_take_another_way(layer, shape):
+    assert not of_derivatives(kernels_of(layer, (torch.randn(shape),)))
+
+
+def test_a_kernel_of_a_derivative_would_be_seen():
+    """A module inside a layer differentiates itself by autograd."""
+    assert of_derivatives(kernels_of(hg.from_torch(torch.nn.GELU()), (torch.randn(2, 3),)))

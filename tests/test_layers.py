@@ -1,4 +1,4 @@
-"""Every public layer and loss has all fourteen properties; nothing public goes unchecked."""
+"""Every public layer and loss has all fourteen properties, and torch's weights; nothing public goes unchecked."""
 
 from __future__ import annotations
 
@@ -6,9 +6,12 @@ import inspect
 
 import pytest
 import torch
+from torch.utils._pytree import tree_leaves, tree_map
 
 import handgrad
+from handgrad import twins
 from handgrad.bridge import ModuleLayer
+from handgrad.twins import TWINS, WITHOUT_TWIN
 from tests.cases import CASES, OPTIMIZERS
 
 
@@ -33,18 +36,73 @@ def test_every_property_as_if_large_of(name, monkeypatch):
     assert report.properties[0].examples > 0
 
 
+def public_names(kind):
+    return {n for n in handgrad.__all__ if inspect.isclass(c := getattr(handgrad, n)) and issubclass(c, kind)}
+
+
 def test_every_public_layer_and_loss_has_a_case():
     """A new layer must come with its line in cases.py. What from_torch makes of a module is a layer, too."""
-    base = {handgrad.Layer, handgrad.Loss}
-    public = [getattr(handgrad, name) for name in handgrad.__all__]
-    layers = {c for c in public if inspect.isclass(c) and issubclass(c, handgrad.Layer)} - base
+    layers = {getattr(handgrad, name) for name in public_names(handgrad.Layer)} - {handgrad.Layer, handgrad.Loss}
     assert layers | {ModuleLayer} == {case.covers for case in CASES.values()}
+
+
+def test_every_public_layer_loss_and_bridge_has_a_twin_or_a_reason():
+    bridges = {n for n in handgrad.__all__ if inspect.getmodule(getattr(handgrad, n)) is handgrad.bridge}
+    assert public_names(handgrad.Layer) | bridges == TWINS.keys() | WITHOUT_TWIN.keys()
+    assert not TWINS.keys() & WITHOUT_TWIN.keys()
+    assert all(WITHOUT_TWIN.values())
+
+
+OPTIONS = {
+    "Linear": lambda lib: lib.Linear(3, 5, bias=False),
+    "Embedding": lambda lib: lib.Embedding(5, 3, padding_idx=1),
+    "SelfAttention": lambda lib: lib.SelfAttention(6, 2, bias=False),
+    "Conv1d": lambda lib: lib.Conv1d(4, 6, 3, groups=2, bias=False),
+    "Conv2d": lambda lib: lib.Conv2d(4, 6, (2, 3), groups=2),
+    "RNNCell": lambda lib: lib.RNNCell(3, 5, bias=False),
+    "GRUCell": lambda lib: lib.GRUCell(3, 5, bias=False),
+    "LSTMCell": lambda lib: lib.LSTMCell(3, 5, bias=False),
+    "LinearCrossEntropy": lambda lib: lib.LinearCrossEntropy(3, 5, bias=True),
+}
+
+
+def both_with_seed(make_ours, make_theirs):
+    torch.manual_seed(5)
+    ours = make_ours()
+    torch.manual_seed(5)
+    return ours, make_theirs()
+
+
+@pytest.mark.parametrize("name", [*TWINS, *(f"{name} with options" for name in OPTIONS)])
+def test_the_same_seed_gives_torchs_weights_to(name):
+    """And to its keys, in torch's order."""
+    if name in TWINS:
+        layer, module = both_with_seed(lambda: TWINS[name].layer(16), lambda: TWINS[name].module(16))
+    else:
+        make = OPTIONS[name.split()[0]]
+        layer, module = both_with_seed(lambda: make(handgrad), lambda: make(twins))
+    ours, theirs = layer.state_dict(), module.state_dict()
+    assert list(ours) == list(theirs)
+    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+@pytest.mark.parametrize("name", TWINS)
+def test_no_rows_are_taken_as_torch_takes_them_by(name):
+    """The same output, dx without elements, and gradients of zero."""
+    twin = TWINS[name]
+    layer, module = both_with_seed(lambda: twin.layer(16), lambda: twin.module(16))
+    inputs = tree_map(lambda x: x[:0], twin.inputs(16, 16, torch.float32))
+    out = layer(*inputs)
+    torch.testing.assert_close(out, tree_map(torch.Tensor.detach, module(*inputs)), equal_nan=True)
+    dx = layer.backward() if isinstance(layer, handgrad.Loss) else layer.backward(out)
+    for x, d in zip(tree_leaves(inputs), tree_leaves(dx)):
+        assert d.shape == x.shape if x.is_floating_point() else d is None
+    assert not any(p.grad.any() for p in layer.parameters())
 
 
 def test_every_public_optimizer_is_checked():
     """What is public and steps must be in the optimizers' own checks."""
-    public = [getattr(handgrad, name) for name in handgrad.__all__]
-    optimizers = {c for c in public if inspect.isclass(c) and issubclass(c, torch.optim.Optimizer)}
+    optimizers = {getattr(handgrad, name) for name in public_names(torch.optim.Optimizer)}
     assert optimizers == {case.covers for case in OPTIMIZERS.values()}
 
 

@@ -1,14 +1,17 @@
-"""What SGD shares with torch.optim.SGD beyond the numbers of a step."""
+"""What SGD shares with torch.optim.SGD beyond the numbers of a step; torch's own on the parameters of handgrad."""
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import handgrad as hg
+from handgrad import twins
 
 
 def tensors(*, grads: bool = True) -> list[Tensor]:
@@ -81,3 +84,55 @@ def test_a_closure_is_evaluated_once() -> None:
     assert hg.SGD(tensors(), lr=0.1).step(lambda: calls.append(1) or 7.0) == 7.0
     assert calls == [1]
     assert hg.SGD(tensors(), lr=0.1).step() is None
+
+
+def mlp(lib: Any) -> Any:
+    """The names MLP, small, of handgrad's layers or of torch's."""
+    hidden = lib.Linear(12, 16, bias=False)  # a bias before BatchNorm1d has no gradient but rounding
+    return lib.Sequential(
+        lib.Embedding(11, 4), lib.Flatten(), hidden, lib.BatchNorm1d(16), lib.Tanh(), lib.Linear(16, 11)
+    ).to(torch.float64)
+
+
+Optimizers = tuple[Callable[..., torch.optim.Optimizer], Callable[..., torch.optim.Optimizer]]
+PLAIN: Optimizers = (lambda params: hg.SGD(params, lr=0.5), lambda params: torch.optim.SGD(params, lr=0.5))
+NESTEROV: Optimizers = (
+    lambda params: hg.SGD(params, lr=0.1, momentum=0.9, weight_decay=1e-3, nesterov=True),
+    lambda params: torch.optim.SGD(params, lr=0.1, momentum=0.9, weight_decay=1e-3, nesterov=True),
+)
+ADAMW: Optimizers = (
+    lambda params: torch.optim.AdamW(params, lr=0.01),
+    lambda params: torch.optim.AdamW(params, lr=0.01),
+)
+
+
+@pytest.mark.parametrize("optimizers", [PLAIN, NESTEROV, ADAMW], ids=["sgd", "nesterov", "adamw"])
+def test_training_equals_autograd(optimizers: Optimizers) -> None:
+    """Many steps with clipping and a falling lr: every loss, gradient, parameter and buffer, to float64 noise."""
+    torch.manual_seed(1)
+    ours, theirs = mlp(hg), mlp(twins)
+    theirs.load_state_dict(ours.state_dict())
+    before = {name: tensor.clone() for name, tensor in ours.state_dict().items()}
+    optimizer, torch_optimizer = optimizers[0](ours.parameters()), optimizers[1](theirs.parameters())
+    schedulers = [torch.optim.lr_scheduler.ExponentialLR(o, gamma=0.9) for o in (optimizer, torch_optimizer)]
+    loss, torch_loss = hg.CrossEntropy(label_smoothing=0.1), nn.CrossEntropyLoss(label_smoothing=0.1)
+    generator = torch.Generator().manual_seed(2)
+    for _ in range(25):
+        x, y = torch.randint(11, (9, 3), generator=generator), torch.randint(11, (9,), generator=generator)
+        value = loss(ours(x), y)
+        optimizer.zero_grad()
+        ours.backward(loss.backward())
+        torch_value = torch_loss(theirs(x), y)
+        torch_optimizer.zero_grad()
+        torch_value.backward()
+        norms = [float(nn.utils.clip_grad_norm_(model.parameters(), 0.1)) for model in (ours, theirs)]
+        assert norms[0] == pytest.approx(norms[1], rel=1e-9)
+        for got, expected in zip(ours.parameters(), theirs.parameters()):
+            torch.testing.assert_close(got.grad, expected.grad, rtol=1e-9, atol=1e-12)
+        for o in (optimizer, torch_optimizer, *schedulers):
+            o.step()
+        torch.testing.assert_close(value, torch_value.detach(), rtol=1e-10, atol=0)
+    for (name, tensor), (torch_name, expected) in zip(ours.state_dict().items(), theirs.state_dict().items()):
+        assert name == torch_name
+        torch.testing.assert_close(tensor, expected, rtol=1e-9, atol=1e-12, msg=lambda m, name=name: f"{name}: {m}")
+        assert not torch.equal(tensor, before[name]), name  # the equality is none of models that stand still

@@ -6,18 +6,20 @@ import argparse
 import importlib
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from statistics import geometric_mean
 from typing import Any
 
 import torch
 
-from handgrad.bench.cases import CASES, Case, case_of
-from handgrad.bench.compare import Comparison, compare
 from handgrad.bench.environment import environment
+from handgrad.bench.measure import Measurement, measure
 from handgrad.bench.report import as_dict, head, lines, plot, write_json
 from handgrad.errors import HandgradError
+from handgrad.losses.loss import Loss
 from handgrad.memory import keep_freed_memory
+from handgrad.twins import TWINS, Twin, rows, rows_and_labels
 
 SIZES = "32x64,256x512,4096x1024"
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
@@ -33,8 +35,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--layer",
         action="append",
-        help="a layer of handgrad, may be given again (default: every one); or module:Class, a layer of one input of "
-        "rows x columns, made without arguments, of the columns, or of the columns twice",
+        help="a layer of handgrad, may be given again (default: every one that does arithmetic); or module:Class, a "
+        "layer of one input of rows x columns, made without arguments, of the columns, or of the columns twice",
     )
     p.add_argument("--against", help="module:Class to compare with, for a --layer that is not one of handgrad's")
     p.add_argument("--sizes", type=_sizes, default=_sizes(SIZES), help=f"rows x columns, ... (default: {SIZES})")
@@ -53,11 +55,11 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the comparisons; 2 for bad arguments, 1 where a result is wrong."""
+    """Run the measurements; 2 for bad arguments, 1 where a result is wrong."""
     p = parser()
     args = p.parse_args(argv)
     try:
-        cases = _cases(args.layer, args.against)
+        twins = chosen(args.layer, args.against)
     except (ValueError, ImportError, AttributeError) as error:
         p.error(str(error))
     if args.threads < 1:
@@ -67,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.keep_memory:
         keep_freed_memory()
     try:
-        results = run(cases, args.sizes, DTYPES[args.dtype], args.compiled, args.seconds)
+        results = run(twins, args.sizes, DTYPES[args.dtype], args.compiled, args.seconds)
     except HandgradError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -75,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.against is None:
             raise
         print(f"error: {args.layer[0]} or {args.against} does not run: {error}", file=sys.stderr)
-        print("other inputs than one of rows x columns: handgrad.bench.compare(Case(...), size)", file=sys.stderr)
+        print("other inputs than one of rows x columns: handgrad.bench.measure(Twin(...), size)", file=sys.stderr)
         return 1
     else:
         if args.json:
@@ -88,22 +90,22 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(
-    cases: Sequence[Case],
+    twins: Sequence[Twin],
     sizes: Sequence[tuple[int, int]],
     dtype: torch.dtype = torch.float32,
     compiled: bool = False,
     seconds: float = 1.0,
-) -> list[Comparison]:
-    """Compare the cases at all sizes, printing each result when it is there."""
+) -> list[Measurement]:
+    """Measure the twins at all sizes, printing each result when it is there."""
     env = environment()
     print(f"{env['machine']}, torch {env['torch']}, {env['threads']} thread(s), {str(dtype).removeprefix('torch.')}")
     print(head())
-    results: list[Comparison] = []
-    todo = [(case, size) for case in cases for size in sizes if case.fits(*size)]
-    for i, (case, size) in enumerate(todo):
-        _progress(f"{i + 1} of {len(todo)}: {case.name} {size[0]}x{size[1]}")
+    results: list[Measurement] = []
+    todo = [(twin, size) for twin in twins for size in sizes if twin.fits(*size)]
+    for i, (twin, size) in enumerate(todo):
+        _progress(f"{i + 1} of {len(todo)}: {twin.name} {size[0]}x{size[1]}")
         torch.manual_seed(0)
-        results.append(compare(case, size, dtype, compiled=compiled, seconds=seconds))
+        results.append(measure(twin, size, dtype, compiled=compiled, seconds=seconds))
         _progress("")
         print(lines(results[-1]), flush=True)
     ratios = [r.entries["autograd"].ratio.value for r in results if r.entries["autograd"].ratio]
@@ -112,16 +114,38 @@ def run(
     return results
 
 
-def _cases(layers: Sequence[str] | None, against: str | None) -> list[Case]:
+def chosen(layers: Sequence[str] | None, against: str | None) -> list[Twin]:
+    """The twins that `--layer` and `--against` ask for: without them, all that do arithmetic."""
     if against is not None:
         if not layers or len(layers) != 1:
             raise ValueError("--against needs exactly one --layer")
-        ours = CASES[layers[0]].ours if layers[0] in CASES else None
-        return [case_of(ours or _load(layers[0]), _load(against))]
+        ours = TWINS[layers[0]].layer if layers[0] in TWINS else None
+        return [twin_of(ours or _load(layers[0]), _load(against))]
     for name in layers or ():
-        if name not in CASES:
-            raise ValueError(f"--layer {name}: give --against module:Class with it, or one of {', '.join(CASES)}")
-    return [CASES[name] for name in layers or CASES]
+        if name not in TWINS:
+            raise ValueError(f"--layer {name}: give --against module:Class with it, or one of {', '.join(TWINS)}")
+    return [TWINS[name] for name in layers] if layers else [twin for twin in TWINS.values() if twin.arithmetic]
+
+
+def twin_of(ours: Any, theirs: Any) -> Twin:
+    """A twin of two classes of anybody: each is called without arguments, or with D, or with D and D.
+
+    >>> from handgrad import Linear, Tanh
+    >>> twin_of(Tanh, torch.nn.Tanh).layer(8), twin_of(Linear, torch.nn.Linear).layer(8)
+    (Tanh(), Linear(8 -> 8))
+    """
+    is_loss = isinstance(ours, type) and issubclass(ours, Loss)
+    name = getattr(ours, "__name__", str(ours))
+    return Twin(name, partial(_made, ours), partial(_made, theirs), rows_and_labels if is_loss else rows)
+
+
+def _made(maker: Any, D: int) -> Any:
+    for arguments in ((), (D,)):
+        try:
+            return maker(*arguments)
+        except TypeError:
+            continue
+    return maker(D, D)
 
 
 def _load(text: str) -> Any:

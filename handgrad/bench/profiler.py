@@ -23,7 +23,7 @@ from handgrad.losses.mse import MSE
 
 @dataclass
 class Row:
-    """One layer: its path and repr, seconds a pass, bytes recorded a step, parameters, share of the step's time."""
+    """One layer: its path and repr, seconds per pass, bytes recorded per step, parameters, share of the step's time."""
 
     path: str
     layer: str
@@ -59,7 +59,7 @@ class Profile:
 
 
 def profile(model: Layer, x: Any, y: Tensor, loss: Loss | None = None, *, seconds: float = 1.0) -> Profile:
-    """Time forward, loss and backward of a model on one minibatch: one row a layer, the loss, and the rest.
+    """Time forward, loss and backward of a model on one minibatch: one row per layer, the loss, and the rest.
 
     y is the target. Without a loss it is CrossEntropy for integer targets, and MSE for others. The rest is what
     containers do between the layers. Bytes that two layers both record are counted in each. The model is left as it

@@ -7,8 +7,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from handgrad.bench.compare import Comparison
 from handgrad.bench.environment import environment
+from handgrad.bench.measure import Measurement
 
 WIDTHS = (18, 9, 8, 7, 8, 7, 6, 13, 7, 7)
 HEAD = ("layer", "size", "by", "forward", "backward", "both", "spread", "handgrad is", "record", "peak")
@@ -47,12 +47,12 @@ def table(rows: Sequence[Sequence[str]], align: str) -> str:
 
 
 def head() -> str:
-    """The two top lines of the comparisons' table."""
+    """The two top lines of the measurements' table."""
     return _line(HEAD, WIDTHS, "lllrrrrlrr") + "\n" + "-" * (sum(WIDTHS) + len(WIDTHS) - 1)
 
 
-def lines(result: Comparison) -> str:
-    """The lines of one comparison; under 100 columns wide."""
+def lines(result: Measurement) -> str:
+    """The lines of one measurement; under 100 columns wide."""
     rows: list[str] = []
     name, size = result.name, f"{result.size[0]}x{result.size[1]}"
     for by, entry in result.entries.items():
@@ -66,8 +66,8 @@ def lines(result: Comparison) -> str:
     return "\n".join(rows)
 
 
-def as_dict(result: Comparison) -> dict[str, Any]:
-    """One comparison as JSON keeps it: seconds and bytes."""
+def as_dict(result: Measurement) -> dict[str, Any]:
+    """One measurement as JSON keeps it: seconds and bytes."""
     entries = {}
     for by, entry in result.entries.items():
         t = entry.times
@@ -92,8 +92,8 @@ def write_json(path: Path, results: Iterable[Any], **more: Any) -> None:
     path.write_text(json.dumps({"environment": environment(), **more, "results": list(results)}, indent=1) + "\n")
 
 
-def plot(path: Path, results: Sequence[Comparison], title: str) -> None:
-    """A bar a layer and size: how many times the time of handgrad autograd takes, forward and backward together.
+def plot(path: Path, results: Sequence[Measurement], title: str) -> None:
+    """A bar per layer and size: how many times the time of handgrad autograd takes, forward and backward together.
 
     Needs matplotlib.
     """

@@ -19,7 +19,7 @@ Contender = Callable[[int], tuple[float, ...]]
 
 
 class Times(NamedTuple):
-    """Seconds a call, one number a round: `parts[i]` holds the rounds of part i."""
+    """Seconds per call, one number per round: `parts[i]` holds the rounds of part i."""
 
     parts: list[list[float]]
 

@@ -14,16 +14,18 @@ import torch
 
 import handgrad as hg
 from handgrad import bench
-from handgrad.bench.__main__ import main
-from handgrad.bench.compare import WrongResultError
+from handgrad.bench.__main__ import chosen, main
+from handgrad.bench.measure import WrongResultError
 from handgrad.bench.timing import Ratio, Times, timed
+from handgrad.twins import TWINS, Twin
 
 SIZE = (32, 16)
 
 
-@pytest.mark.parametrize("name", bench.CASES)
-def test_both_sides_of_every_case_agree_and_are_measured(name):
-    result = bench.compare(bench.CASES[name], SIZE, seconds=0.0, rounds=2)
+@pytest.mark.parametrize("name", TWINS)
+def test_both_sides_of_every_twin_agree_and_are_measured(name):
+    assert TWINS[name].fits(*SIZE)
+    result = bench.measure(TWINS[name], SIZE, seconds=0.0, rounds=2)
     assert list(result.entries) == ["handgrad", "autograd"]
     for entry in result.entries.values():
         assert entry.times.median() > 0
@@ -31,10 +33,11 @@ def test_both_sides_of_every_case_agree_and_are_measured(name):
         assert entry.peak >= 0
 
 
-def test_every_public_layer_with_arithmetic_has_a_case():
-    containers = {"Identity", "Residual", "Sum", "Product", "Concat", "Parallel", "Sequential", "Layer", "Loss"}
-    layers = {n for n in hg.__all__ if isinstance(getattr(hg, n), type) and issubclass(getattr(hg, n), hg.Layer)}
-    assert layers - containers == set(bench.CASES)
+def test_what_only_calls_others_is_measured_on_request():
+    by_default = {twin.name for twin in chosen(None, None)}
+    containers = {"Identity", "Residual", "Sum", "Product", "Concat", "Parallel", "Sequential", "from_torch"}
+    assert by_default == TWINS.keys() - containers
+    assert [twin.name for twin in chosen(["Residual"], None)] == ["Residual"]
 
 
 def test_a_wrong_result_is_refused_before_it_is_timed():
@@ -42,9 +45,15 @@ def test_a_wrong_result_is_refused_before_it_is_timed():
         def backward(self, dout):
             return 2 * super().backward(dout)
 
-    case = bench.Case("Wrong", lambda D: Wrong(), lambda D: torch.nn.Tanh())
+    twin = Twin("Wrong", lambda D: Wrong(), lambda D: torch.nn.Tanh())
     with pytest.raises(WrongResultError, match="Wrong: dx differs from that of Tanh"):
-        bench.compare(case, SIZE, seconds=0.0, rounds=1)
+        bench.measure(twin, SIZE, seconds=0.0, rounds=1)
+
+
+def test_weights_under_other_names_are_refused():
+    twin = Twin("Linear", lambda D: hg.Linear(D, D, bias=False), lambda D: torch.nn.Linear(D, D))
+    with pytest.raises(WrongResultError, match=r"must have the same names for their weights: \['weight'\] and \['b"):
+        bench.measure(twin, SIZE, seconds=0.0, rounds=1)
 
 
 def test_recorded_bytes_counts_each_memory_once_and_no_parameter():
@@ -98,7 +107,7 @@ def test_profile_refuses_to_drop_what_waits_for_a_backward():
         assert len(bench.profile(model, torch.ones(2, 3), torch.ones(2, 4), seconds=0.0).rows) == 3
 
 
-def test_profile_has_a_row_a_layer_and_leaves_the_model_as_it_was():
+def test_profile_has_one_row_per_layer_and_leaves_the_model_as_it_was():
     model = hg.Sequential(hg.Embedding(5, 3), hg.Flatten(), hg.Sequential(hg.Linear(6, 4), hg.BatchNorm1d(4)))
     before = {name: t.clone() for name, t in model.state_dict().items()}
     model[0].weight.grad = grad = torch.ones(5, 3)

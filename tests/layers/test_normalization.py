@@ -1,43 +1,17 @@
-"""LayerNorm and RMSNorm against torch.nn."""
+"""LayerNorm and RMSNorm on constant and extreme rows; errors."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from torch import nn
 
 from handgrad import ArgumentError, DtypeError, LayerNorm, RMSNorm, ShapeError
-from tests.reference import compare, draw
-
-LAYER_NORMS = [
-    {},
-    {"eps": 0.3},
-    {"bias": False},
-    {"elementwise_affine": False},
-]
-RMS_NORMS = [{}, {"eps": 0.3}, {"elementwise_affine": False}]
-
-
-@pytest.mark.parametrize("shape", [5, (5,), [3, 5], 1])
-@pytest.mark.parametrize("flags", LAYER_NORMS, ids=str)
-def test_layer_norm_agrees_with_torch(shape, flags):
-    sizes = (shape,) if isinstance(shape, int) else tuple(shape)
-    batches = [(draw(*lead, *sizes) * 2 + 3,) for lead in ((4,), (), (2, 3), (1,), (0,))]
-    compare(LayerNorm(shape, **flags), nn.LayerNorm(shape, **flags), batches)
-
-
-@pytest.mark.parametrize("shape", [5, (5,), [3, 5], 1])
-@pytest.mark.parametrize("flags", RMS_NORMS, ids=str)
-def test_rms_norm_agrees_with_torch(shape, flags):
-    sizes = (shape,) if isinstance(shape, int) else tuple(shape)
-    batches = [(draw(*lead, *sizes) * 2 + 3,) for lead in ((4,), (), (2, 3), (1,), (0,))]
-    compare(RMSNorm(shape, **flags), nn.RMSNorm(shape, **flags), batches)
 
 
 @pytest.mark.parametrize("layer", [LayerNorm(4), RMSNorm(4)], ids=repr)
 def test_constant_and_extreme_rows_stay_finite(layer):
     x = torch.tensor([[0.0] * 4, [7.0] * 4, [1e4, -1e4, 0.0, 1e-4], [800.0] * 4])
-    reference = {LayerNorm: nn.LayerNorm, RMSNorm: nn.RMSNorm}[type(layer)](4)
+    reference = getattr(torch.nn, type(layer).__name__)(4)
     leaf = x.clone().requires_grad_()
     dout = torch.randn(4, 4)
     reference(leaf).backward(dout)
@@ -46,7 +20,7 @@ def test_constant_and_extreme_rows_stay_finite(layer):
     torch.testing.assert_close(layer.backward(dout), leaf.grad, rtol=1e-3, atol=1e-3 * scale)
 
 
-def test_no_parameters_need_no_dx():
+def test_dx_may_be_declined():
     for layer in (LayerNorm(3), RMSNorm(3)):
         layer(torch.randn(2, 3))
         assert layer.backward(torch.randn(2, 3), need_dx=False) is None

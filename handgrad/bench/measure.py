@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from handgrad.bench.cases import Case, Inputs
 from handgrad.bench.memory import peak_bytes, recorded_bytes, saved_bytes
 from handgrad.bench.timing import Contender, Ratio, Times, interleave, ratio
 from handgrad.errors import HandgradError
 from handgrad.layer import Layer
 from handgrad.losses.loss import Loss
+from handgrad.twins import Inputs, Twin
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.05}
 """By how much two results may differ, as a share of the largest number in them."""
@@ -37,43 +37,43 @@ class Entry:
 
 
 @dataclass
-class Comparison:
-    """The contenders of one case at one size, handgrad first."""
+class Measurement:
+    """The contenders of one twin at one size, handgrad first."""
 
     name: str
     size: tuple[int, int]
     entries: dict[str, Entry]
 
 
-def compare(
-    case: Case,
+def measure(
+    twin: Twin,
     size: tuple[int, int],
     dtype: torch.dtype = torch.float32,
     *,
     compiled: bool = False,
     seconds: float = 1.0,
     rounds: int = 9,
-) -> Comparison:
-    """Compare the two sides of a case at a size: results, then times (`seconds` in all), then memory.
+) -> Measurement:
+    """Measure both sides of a twin at a size: that the results are the same, times (`seconds` in all), and memory.
 
     Raises WrongResultError where the two sides differ. With `compiled` a third contender is the torch module under
     torch.compile.
 
-    >>> from handgrad.bench import CASES
-    >>> list(compare(CASES["Tanh"], (8, 4), seconds=0.01).entries)
+    >>> from handgrad.twins import TWINS
+    >>> list(measure(TWINS["Tanh"], (8, 4), seconds=0.01).entries)
     ['handgrad', 'autograd']
     """
-    layer, module = case.ours(size[1]).to(dtype), case.theirs(size[1]).to(dtype)
+    layer, module = twin.layer(size[1]).to(dtype), twin.module(size[1]).to(dtype)
     _share_weights(layer, module)
-    inputs = case.inputs(*size, dtype)
-    _check(case, layer, module, inputs, dtype)
-    dout = _like(_detached(module(*inputs)))
+    inputs = twin.inputs(*size, dtype)
+    _check(twin, layer, module, inputs, dtype)
+    dout = _dout(module(*inputs))
     contenders: dict[str, Contender] = {
         "handgrad": _by_hand(layer, inputs, dout),
-        "autograd": _by_autograd(module, module, inputs, dout),
+        "autograd": _by_autograd(module, module, _leaves(layer, inputs), dout),
     }
     if compiled:
-        contenders["compiled"] = _by_autograd(module, torch.compile(module), inputs, dout)
+        contenders["compiled"] = _by_autograd(module, torch.compile(module), _leaves(layer, inputs), dout)
     times = interleave(contenders, seconds, rounds)
     ours = times["handgrad"]
     entries = {"handgrad": Entry(ours, _recorded(layer, inputs), peak_bytes(lambda: contenders["handgrad"](1)))}
@@ -82,9 +82,9 @@ def compare(
         parts = tuple(ratio(ours.rounds(i), t.rounds(i)) for i in range(2))
         entries[name] = Entry(t, None, None, ratio(ours.rounds(), t.rounds()), parts)
     held = [*module.parameters(), *module.buffers()]
-    entries["autograd"].recorded = saved_bytes(lambda: module(*_leaves(inputs)), held)
+    entries["autograd"].recorded = saved_bytes(lambda: module(*_leaves(layer, inputs)), held)
     entries["autograd"].peak = peak_bytes(lambda: contenders["autograd"](1))
-    return Comparison(case.name, size, entries)
+    return Measurement(twin.name, size, entries)
 
 
 def _by_hand(layer: Layer, inputs: Inputs, dout: Any) -> Contender:
@@ -109,9 +109,8 @@ def _by_hand(layer: Layer, inputs: Inputs, dout: Any) -> Contender:
     return run
 
 
-def _by_autograd(module: nn.Module, call: Callable[..., Any], inputs: Inputs, dout: Any) -> Contender:
-    leaves = _leaves(inputs)
-    cleared = [t for t in (*module.parameters(), *leaves) if t.requires_grad]
+def _by_autograd(module: nn.Module, call: Callable[..., Any], leaves: Inputs, dout: Any) -> Contender:
+    cleared = [t for t in (*module.parameters(), *_flat(leaves)) if t.requires_grad]
     clock = time.perf_counter
 
     def run(n: int) -> tuple[float, float]:
@@ -135,24 +134,23 @@ def _by_autograd(module: nn.Module, call: Callable[..., Any], inputs: Inputs, do
     return run
 
 
-def _check(case: Case, layer: Layer, module: nn.Module, inputs: Inputs, dtype: torch.dtype) -> None:
-    if case.random:
+def _check(twin: Twin, layer: Layer, module: nn.Module, inputs: Inputs, dtype: torch.dtype) -> None:
+    if twin.random:
         layer.eval()
         module.eval()
-    leaves = _leaves(inputs)
+    leaves = _leaves(layer, inputs)
     expected = module(*leaves)
-    dout = _like(_detached(expected))
+    dout = _dout(expected)
     out = layer.forward(*inputs)
     dx = layer.backward() if isinstance(layer, Loss) else layer.backward(dout)
-    torch.autograd.backward(expected, torch.ones_like(expected) if isinstance(layer, Loss) else dout)
-    pairs = [("out", out, _detached(expected)), ("dx", dx, leaves[0].grad)]
-    grads = dict(module.named_parameters())
-    names = {name.split(".", 1)[-1] if case.name == "SelfAttention" else name: name for name in grads}
-    pairs += [(f"d{name}", p.grad, grads[names[name]].grad) for name, p in layer.named_parameters() if name in names]
+    torch.autograd.backward(_flat(expected), _flat(dout))
+    pairs = [("out", a, b.detach()) for a, b in zip(_flat(out), _flat(expected))]
+    pairs += [("dx", a, leaf.grad) for a, leaf in zip(_flat(dx), _flat(leaves))]
+    grads = {name: p.grad for name, p in module.named_parameters()}
+    pairs += [(f"d{name}", p.grad, grads[name]) for name, p in layer.named_parameters()]
     for name, got, want in pairs:
-        for a, b in zip(got if isinstance(got, tuple) else (got,), want if isinstance(want, tuple) else (want,)):
-            if (a is None) != (b is None) or (a is not None and not _close(a, b, TOLERANCE[dtype])):
-                raise WrongResultError(f"{case.name}: {name} differs from that of {type(module).__name__}")
+        if (got is None) != (want is None) or (got is not None and not _close(got, want, TOLERANCE[dtype])):
+            raise WrongResultError(f"{twin.name}: {name} differs from that of {type(module).__name__}")
     layer.zero_grad()
     module.zero_grad()
     layer.train()
@@ -165,16 +163,12 @@ def _close(a: Tensor, b: Tensor, tolerance: float) -> bool:
 
 
 def _share_weights(layer: Layer, module: nn.Module) -> None:
-    state = module.state_dict()
-    if all("." in key for key in state) and not set(layer.state_dict()) <= set(state):
-        state = {key.split(".", 1)[1]: t for key, t in state.items()}  # a module that only wraps the counterpart
-    if set(layer.state_dict()) == set(state):
-        layer.load_state_dict(state)
-    elif layer.state_dict():
+    ours, theirs = layer.state_dict(), module.state_dict()
+    if set(ours) != set(theirs):
         raise WrongResultError(
-            f"{layer!r} and {module!r} have no weights in common: "
-            f"{sorted(layer.state_dict())} against {sorted(module.state_dict())}"
+            f"{layer!r} and {module!r} must have the same names for their weights: {sorted(ours)} and {sorted(theirs)}"
         )
+    layer.load_state_dict(theirs)
 
 
 def _recorded(layer: Layer, inputs: Inputs) -> int:
@@ -185,18 +179,23 @@ def _recorded(layer: Layer, inputs: Inputs) -> int:
         layer.drop_records()
 
 
-def _leaves(inputs: Inputs) -> Inputs:
-    """The inputs as autograd's leaves: the first, if it is floating, wants a gradient; a target does not."""
-    first = inputs[0].detach().clone()
-    return (first.requires_grad_(first.is_floating_point()), *inputs[1:])
+def _leaves(layer: Layer, inputs: Inputs) -> Inputs:
+    """The inputs as autograd's leaves: all that are floating want a gradient; a loss's target does not."""
+
+    def leaf(t: Tensor) -> Tensor:
+        return t.detach().clone().requires_grad_(t.is_floating_point())
+
+    return (_each(leaf, inputs[0]), *inputs[1:]) if isinstance(layer, Loss) else _each(leaf, inputs)
 
 
-def _detached(out: Any) -> Any:
-    return tuple(t.detach() for t in out) if isinstance(out, tuple) else out.detach()
+def _dout(out: Any) -> Any:
+    """A random dout for each output; for a scalar, a loss, its own gradient 1."""
+    return _each(lambda t: torch.randn_like(t) if t.dim() else torch.ones_like(t), _each(Tensor.detach, out))
 
 
-def _like(out: Any) -> Any:
-    """A random dout; for a scalar, a loss, its own gradient 1."""
-    if isinstance(out, tuple):
-        return tuple(torch.randn_like(t) for t in out)
-    return torch.randn_like(out) if out.dim() else torch.ones_like(out)
+def _each(function: Callable[[Tensor], Tensor], thing: Any) -> Any:
+    return tuple([_each(function, part) for part in thing]) if isinstance(thing, tuple) else function(thing)
+
+
+def _flat(thing: Any) -> list[Any]:
+    return [t for part in thing for t in _flat(part)] if isinstance(thing, tuple) else [thing]
