@@ -114,6 +114,7 @@ class Layer:
     takes_need_dx: ClassVar[bool] = False
     shown: ClassVar[tuple[str, ...]] = ()  # the arguments that repr shows without their names: "3 -> 4"
     _declared: ClassVar[dict[str, _Declaration]] = {}
+    takes_apart: ClassVar[bool] = True  # False where forward(a, b) and forward((a, b)) are the same
     _arity: tuple[int, float] = (1, 1)
     _records: list[Record]
 
@@ -124,8 +125,7 @@ class Layer:
             delattr(cls, name)  # an attribute that __init__ forgot is an AttributeError, not a declaration
         cls._declared = {**cls._declared, **own}
         cls.takes_need_dx = "need_dx" in inspect.signature(cls.backward).parameters
-        if "forward" in vars(cls) and "_arity" not in vars(cls):
-            cls._arity = arity(cls.forward, given=1)
+        cls._arity = arity(cls.forward, given=1) if cls.takes_apart else (1, 1)
 
     def __new__(cls: type[L], *args: Any, **kwargs: Any) -> L:
         self = super().__new__(cls)

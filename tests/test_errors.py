@@ -66,14 +66,14 @@ ERRORS: list[tuple[Callable[[], Any], type[Exception], type[Exception], str]] = 
         lambda: hg.BatchNorm1d(5)(torch.ones(1, 5)),
         hg.ShapeError,
         ValueError,
-        "BatchNorm1d(5).forward: the variance of a batch needs more than one value a channel, got shape (1, 5); "
+        "BatchNorm1d(5).forward: the variance of a batch needs more than one value per channel, got shape (1, 5); "
         "evaluate a single row under eval()",
     ),
     (
         lambda: hg.Flatten(2)(x32),
         hg.ShapeError,
         ValueError,
-        "Flatten(2, -1).forward: x must have dimensions 2 to -1 in order, got shape (4, 3)",
+        "Flatten(start_dim=2).forward: x must have dimensions 2 to -1 in order, got shape (4, 3)",
     ),
     (
         lambda: hg.CrossEntropy()(x32, torch.zeros(3, dtype=torch.int64)),
@@ -85,7 +85,7 @@ ERRORS: list[tuple[Callable[[], Any], type[Exception], type[Exception], str]] = 
         lambda: hg.CrossEntropy(torch.ones(4))(x32, torch.zeros(4, dtype=torch.int64)),
         hg.ShapeError,
         ValueError,
-        "CrossEntropy(weight of 4 classes).forward: x must have 4 classes, one a weight, got shape (4, 3)",
+        "CrossEntropy(weight of shape (4,)).forward: x must have 4 classes, one per weight, got shape (4, 3)",
     ),
     (
         lambda: after(hg.Tanh(), x32).backward(torch.ones(3, 4)),
@@ -304,7 +304,7 @@ def test_a_foreign_error_keeps_its_type_and_gets_the_place() -> None:
     with pytest.raises(KeyError) as caught:
         hg.Sequential(hg.Tanh(), hg.Sequential(Broken()))(x32)
     if hasattr(caught.value, "add_note"):  # Python 3.11 and newer
-        assert caught.value.__notes__ == ["in 0 (Broken())", "in 1 (Sequential(\n  (0): Broken()\n))"]
+        assert caught.value.__notes__ == ["in 0 (Broken())", "in 1 (Sequential())"]
 
 
 def test_after_a_refused_dout_the_record_is_still_there() -> None:

@@ -83,7 +83,8 @@ class ReLU(Layer):
 
     Forward:   out = max(x, 0)
     Shapes:    any
-    Backward:  the slope is 1 where x > 0, else 0, at the kink x = 0 too. That is the sign of out: dx = dout sign(out)
+    Backward:  the slope is 1 where x > 0, else 0, at the kink x = 0 too. That is the sign of out: dx = dout sign(out).
+               (The sign of NaN is 0.)
     Recorded:  out. Changing out in place before the backward is a StateError.
     Raises:    DtypeError; ShapeError and StateError from backward.
 

@@ -19,7 +19,7 @@ from handgrad.layer import Layer
 class Several(Layer):
     """What the containers of several layers share: those layers, which can be counted, indexed and iterated."""
 
-    _arity = (1, 1)  # a tuple comes whole, for the layers inside to take apart
+    takes_apart = False  # a tuple goes on whole, and the layers inside take it apart
 
     def __init__(self, *layers: Layer) -> None:
         for i, layer in enumerate(layers):

@@ -20,7 +20,8 @@ class MaxPool2d(Layer):
     Backward:  out[n, c, t] is one element of x, the first of the largest; index[n, c, t] says which. Its slope is 1 and
                every other's 0, hence dx[n, c, u] = sum of dout[n, c, t] over the t with index[n, c, t] = u
     Recorded:  index, the shape of x
-    Raises:    ArgumentError; ShapeError where x is smaller than a window; DtypeError; StateError.
+    Raises:    ArgumentError; ShapeError where x is smaller than a window, or a dilated window lies outside x;
+               DtypeError; StateError.
 
     >>> layer = MaxPool2d(2)
     >>> layer(torch.tensor([[[1.0, 2.0], [4.0, 3.0]]]))
@@ -50,8 +51,18 @@ class MaxPool2d(Layer):
         out, index = functional.max_pool2d_with_indices(
             x, self.kernel_size, self.stride, self.padding, self.dilation, self.ceil_mode
         )
+        if self.dilation != (1, 1) and self.padding != (0, 0):
+            self._refuse_empty_windows(x, out)
         self.push(index, x.shape, out=out)
         return out
+
+    def _refuse_empty_windows(self, x: Tensor, out: Tensor) -> None:
+        """A dilated window may step over all of x, from padding to padding: then it has no maximum."""
+        for dim, (k, s, p, d) in enumerate(zip(self.kernel_size, self.stride, self.padding, self.dilation), start=-2):
+            for t in range(out.shape[dim]):
+                if not any(0 <= s * t + d * i - p < x.shape[dim] for i in range(k)):
+                    problem = f"every window must have a place inside x, got shape {tuple(x.shape)}"
+                    raise self.error(ShapeError, "forward", problem)
 
     def backward(self, dout: Tensor) -> Tensor:
         index, shape = self.pop(dout)

@@ -52,7 +52,7 @@ class CrossEntropy(ClassLoss):
         if not 0 <= label_smoothing <= 1:
             raise ArgumentError(f"CrossEntropy: label_smoothing must be in 0..1, got {label_smoothing}")
         if weight is not None and weight.dim() != 1:
-            raise ArgumentError(f"CrossEntropy: weight must be (C,), one a class, got shape {tuple(weight.shape)}")
+            raise ArgumentError(f"CrossEntropy: weight must be (C,), one per class, got shape {tuple(weight.shape)}")
         self.weight, self.ignore_index, self.label_smoothing = weight, ignore_index, label_smoothing
 
     def forward(self, x: Tensor, target: Tensor) -> Tensor:
@@ -127,6 +127,6 @@ class CrossEntropy(ClassLoss):
             problem = f"x must be (C,) or (N, C, ...) and target the same without C, got {tuple(x.shape)} and "
             raise self.error(ShapeError, "forward", problem + f"{tuple(target.shape)}")
         if self.weight is not None and self.weight.shape[0] != classes:
-            problem = f"x must have {self.weight.shape[0]} classes, one a weight, got shape {tuple(x.shape)}"
+            problem = f"x must have {self.weight.shape[0]} classes, one per weight, got shape {tuple(x.shape)}"
             raise self.error(ShapeError, "forward", problem)
         return dim

@@ -31,4 +31,4 @@ def test_errors_and_repr():
         SelfAttention(6, 2)(torch.zeros(2, 3, 5))
     with pytest.raises(ShapeError, match=r"got shape \(6,\)"):
         SelfAttention(6, 2)(torch.zeros(6))
-    assert repr(SelfAttention(6, 2, False, causal=True)) == "SelfAttention(6, num_heads=2, causal=True, bias=False)"
+    assert repr(SelfAttention(6, 2, False, causal=True)) == "SelfAttention(6, num_heads=2, bias=False, causal=True)"

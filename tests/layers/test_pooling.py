@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
@@ -22,6 +24,30 @@ def test_errors_and_repr():
     with pytest.raises(ArgumentError, match="AvgPool2d: divisor_override must not be 0"):
         AvgPool2d(2, divisor_override=0)
     assert repr(MaxPool2d(3, 2, 1, 2, True)) == (
-        "MaxPool2d(kernel_size=(3, 3), stride=(2, 2), padding=(1, 1), ceil_mode=True, dilation=(2, 2))"
+        "MaxPool2d(kernel_size=(3, 3), stride=(2, 2), padding=(1, 1), dilation=(2, 2), ceil_mode=True)"
     )
-    assert repr(AvgPool2d(2, count_include_pad=False)) == "AvgPool2d(kernel_size=(2, 2), count_include_pad=False)"
+    assert repr(AvgPool2d(2, count_include_pad=False)) == (
+        "AvgPool2d(kernel_size=(2, 2), stride=(2, 2), count_include_pad=False)"
+    )
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 3, 1), (1, 1, 1, 3)])
+def test_a_window_that_lies_in_the_padding_alone_is_refused(shape):
+    """Torch gives -inf there, and an index of no element of x."""
+    with pytest.raises(ShapeError, match=r"every window must have a place inside x, got shape \(1, 1, "):
+        MaxPool2d(2, 1, 1, 2)(torch.zeros(shape))
+
+
+@pytest.mark.parametrize("ceil_mode", [False, True])
+def test_no_other_dilated_window_is_refused(ceil_mode):
+    """Of images that hold a window, what torch pools to finite maxima is taken, and nothing else."""
+    for size, kernel, stride, dilation in itertools.product(range(1, 7), (2, 3), (1, 2), (2, 3)):
+        if dilation * (kernel - 1) + 1 > size + 2:
+            continue
+        x, options = torch.zeros(1, 1, size, 5), ((kernel, 1), stride, (1, 0), (dilation, 1), ceil_mode)
+        expected = torch.nn.functional.max_pool2d(x, *options)
+        if expected.isfinite().all():
+            assert MaxPool2d(*options)(x).shape == expected.shape
+        else:
+            with pytest.raises(ShapeError, match="every window must have a place inside x"):
+                MaxPool2d(*options)(x)

@@ -89,7 +89,7 @@ def test_errors_and_repr():
         loss(torch.zeros(2, 3), 3)
     with pytest.raises(ArgumentError, match="LinearCrossEntropy: chunk_size must be at least 1, got 0"):
         LinearCrossEntropy(3, 5, chunk_size=0)
-    assert repr(LinearCrossEntropy(3, 5)) == "LinearCrossEntropy(3 -> 5)"
-    assert (
-        repr(LinearCrossEntropy(3, 5, bias=True, chunk_size=8)) == "LinearCrossEntropy(3 -> 5, bias=True, chunk_size=8)"
+    assert repr(LinearCrossEntropy(3, 5)) == "LinearCrossEntropy(3 -> 5\n  (linear): Linear(3 -> 5, bias=False)\n)"
+    assert repr(LinearCrossEntropy(3, 5, bias=True, chunk_size=8)) == (
+        "LinearCrossEntropy(3 -> 5, bias=True, chunk_size=8\n  (linear): Linear(3 -> 5)\n)"
     )

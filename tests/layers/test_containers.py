@@ -1,4 +1,4 @@
-"""What branches pass on and what they refuse."""
+"""The containers: sequences, branches, and what they refuse. Their gradients are in the cases."""
 
 from __future__ import annotations
 
@@ -20,6 +20,34 @@ from handgrad import (
     Sum,
     Tanh,
 )
+
+
+def test_the_first_layer_may_decline_dx():
+    """Autograd does not compute the gradient of data either; the parameters get theirs all the same."""
+    model = Sequential(Linear(3, 4), Tanh())
+    x = torch.randn(5, 3)
+    out = model(x)
+    assert model.backward(torch.ones_like(out), need_dx=False) is None
+    declined = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    model(x)
+    assert model.backward(torch.ones_like(out)).shape == x.shape
+    assert all(torch.equal(a, b.grad) for a, b in zip(declined, model.parameters()))
+
+
+def test_sequential_is_a_sequence():
+    """Indexing, slicing, iteration, nesting, and a repr that shows the tree."""
+    model = Sequential(Linear(2, 3), Sequential(Tanh(), Linear(3, 1, bias=False)))
+    assert isinstance(model[0], Linear)
+    assert len(model) == 2
+    assert list(model) == [model[0], model[1]]
+    assert isinstance(model[:1], Sequential)
+    assert model[:1][0] is model[0]
+    assert list(model.state_dict()) == ["0.weight", "0.bias", "1.1.weight"]
+    assert repr(model) == (
+        "Sequential(\n  (0): Linear(2 -> 3)\n  (1): Sequential(\n    (0): Tanh()\n"
+        "    (1): Linear(3 -> 1, bias=False)\n  )\n)"
+    )
 
 
 def test_identity_passes_the_tensors_through():
@@ -78,7 +106,7 @@ def test_what_cannot_be_joined_is_refused():
         Concat(Identity(), Linear(3, 4), dim=0)(torch.zeros(2, 3))
     with pytest.raises(ShapeError, match=r"the output of 0 must have dimension 2, got shape \(2, 3\)"):
         Concat(Identity(), dim=2)(torch.zeros(2, 3))
-    with pytest.raises(ShapeError, match=r"x must be a tuple of 2 inputs, one a body, got 3 of them"):
+    with pytest.raises(ShapeError, match=r"x must be a tuple of 2 inputs, one per body, got 3 of them"):
         Parallel(Identity(), Identity())((torch.zeros(1),) * 3)
     with pytest.raises(DtypeError, match="the output of 0 must be a tensor, got tuple"):
         Sum(Parallel(Identity()))((torch.zeros(1),))
