@@ -4,7 +4,7 @@
 
 Each contender runs in a process of its own; what counts is how far its resident memory rises above what it was when
 model, optimizer and data were there, at the highest moment of five steps. Beside it, what fresh memory costs: the page
-faults and the time of a step, without and with what TrainStep does about it: it has the C library keep freed memory.
+faults and the time of a step, without and with `handgrad.keep_freed_memory()`.
 """
 
 from __future__ import annotations

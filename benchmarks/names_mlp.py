@@ -39,7 +39,7 @@ from handgrad.bench import environment, interleave, ratio
 from handgrad.bench.report import seconds_text, table, write_json
 from handgrad.bench.timing import timed
 
-VOCABULARY, BLOCK, EMBEDDING, LR, EPS, MOMENTUM = 27, 3, 10, 0.1, 1e-5, 0.1
+VOCABULARY, CONTEXT, EMBEDDING, LR, EPS, MOMENTUM = 27, 3, 10, 0.1, 1e-5, 0.1
 ROWS = 182_000  # as many contexts as the names have for training
 STEPS = 32  # what one call of a contender that does many steps does
 
@@ -66,14 +66,14 @@ class Task:
 
         weights = {
             "0.weight": normal(VOCABULARY, EMBEDDING),
-            "2.weight": normal(hidden, BLOCK * EMBEDDING),
+            "2.weight": normal(hidden, CONTEXT * EMBEDDING),
             "2.bias": normal(hidden),
             "3.weight": 1 + 0.1 * normal(hidden),
             "3.bias": 0.1 * normal(hidden),
             "5.weight": normal(VOCABULARY, hidden),
             "5.bias": normal(VOCABULARY),
         }
-        x, y = rng.integers(VOCABULARY, size=(ROWS, BLOCK)), rng.integers(VOCABULARY, size=ROWS)
+        x, y = rng.integers(VOCABULARY, size=(ROWS, CONTEXT)), rng.integers(VOCABULARY, size=ROWS)
         return cls(hidden, batch, x, y, weights)
 
     def tensors(self) -> tuple[Tensor, Tensor]:
@@ -94,14 +94,14 @@ def handgrad_model(task: Task) -> Sequential:
     """The model with the task's weights."""
     h = task.hidden
     model = Sequential(
-        Embedding(VOCABULARY, EMBEDDING), Flatten(), Linear(BLOCK * EMBEDDING, h), BatchNorm1d(h), Tanh(), Linear(h, 27)
+        Embedding(VOCABULARY, EMBEDDING), Flatten(), Linear(CONTEXT * EMBEDDING, h), BatchNorm1d(h), Tanh(), Linear(h, 27)
     )
     model.load_state_dict({k: torch.from_numpy(v) for k, v in task.weights.items()}, strict=False)
     return model
 
 
 def handgrad(task: Task, compiled: bool = False, many: bool = False, chunk: int = 8) -> Contender:
-    """Handgrad's TrainStep: eager, compiled step by step, or compiled with many steps a call, `chunk` in a graph."""
+    """Handgrad's TrainStep: eager, compiled step by step, or compiled with many steps per call, `chunk` of them per graph."""
     model, (x, y), generator = handgrad_model(task), task.tensors(), torch.Generator().manual_seed(0)
     step = TrainStep(model, CrossEntropy(), SGD(model.parameters(), lr=LR))
     if compiled:
@@ -173,7 +173,7 @@ def autograd(task: Task, compiled: bool = False, **options: Any) -> Contender:
     model = nn.Sequential(
         nn.Embedding(VOCABULARY, EMBEDDING),
         nn.Flatten(),
-        nn.Linear(BLOCK * EMBEDDING, h),
+        nn.Linear(CONTEXT * EMBEDDING, h),
         nn.BatchNorm1d(h),
         nn.Tanh(),
         nn.Linear(h, VOCABULARY),

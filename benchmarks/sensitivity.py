@@ -107,7 +107,7 @@ def measure(case: Any) -> Iterator[tuple[str, str, float | None]]:
 
 
 def main() -> int:
-    """Print a row a case: the smallest fault noticed by each property, and at last the worst of each."""
+    """Print a row per case: the smallest fault noticed by each property, and at last the worst of each."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--cases", default=str(ROOT / "tests" / "cases.py"))
     parser.add_argument("--only", default="", help="cases whose names contain this")

@@ -1,7 +1,7 @@
 """Backpropagation through the names MLP, one atomic step at a time, held against autograd.
 
 The forward pass is written in steps so small that each has an obvious derivative. The backward pass then goes through
-them in reverse, one gradient a step. Autograd differentiates the same forward pass, and a table shows both results
+them in reverse, one gradient per step. Autograd differentiates the same forward pass, and a table shows both results
 for every intermediate. At last, the many steps of the cross-entropy and of the batch norm are replaced by one formula
 each, and by the layers of handgrad: all three must agree. (After the backpropagation lecture of makemore.)
 
@@ -213,7 +213,7 @@ def show(title: str, gradients: dict[str, Tensor], reference: dict[str, Tensor])
 def main() -> int:
     """Run the walk; the exit code: 0, 1 for a wrong gradient, 2 for bad input."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=DATA, metavar="PATH", help="text file, one name a line")
+    parser.add_argument("--data", type=Path, default=DATA, metavar="PATH", help="text file, one name per line")
     parser.add_argument("--block-size", type=whole(1, 1024), default=3, metavar="N", help="context (default 3)")
     parser.add_argument("--batch-size", type=whole(2, 2**16), default=32, metavar="N", help="rows (default 32)")
     parser.add_argument("--seed", type=whole(0, 2**63 - 1), default=42, metavar="N", help="seed (default 42)")

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from statistics import median
 from typing import NamedTuple
 
-BLOCK = 0.05  # seconds that a block lasts at least, or one call: long enough to work from warm caches, as a loop does
+SECONDS_PER_BLOCK = 0.05  # or one call: long enough to work from warm caches, as a loop does
 
 Contender = Callable[[int], tuple[float, ...]]
 """Do n calls; return the seconds that each part of them took, all calls together."""
@@ -114,9 +114,9 @@ def _loops(contender: Contender) -> int:
         begun = time.perf_counter()
         contender(n)
         taken = time.perf_counter() - begun
-        if taken >= BLOCK or n >= 1_000_000:
+        if taken >= SECONDS_PER_BLOCK or n >= 1_000_000:
             return n
-        n = max(2 * n, math.ceil(1.2 * n * BLOCK / taken)) if taken > BLOCK / 100 else 10 * n
+        n = max(2 * n, math.ceil(1.2 * n * SECONDS_PER_BLOCK / taken)) if taken > SECONDS_PER_BLOCK / 100 else 10 * n
 
 
 def _settled(taken: Mapping[str, list[list[float]]], first: str, precision: float) -> bool:

@@ -33,7 +33,7 @@ class BatchNorm1d(Layer):
                dx    = dout scale + dvar 2 diff/m + dmean/n
                      = scale (dout - (dbias + diff rstd dweight n/m)/n)
     Recorded:  x, mean, rstd, weight
-    Raises:    ShapeError, also for a batch of one value a channel in training; DtypeError; StateError.
+    Raises:    ShapeError, also for a batch of one value per channel in training; DtypeError; StateError.
     Source:    Ioffe and Szegedy 2015, arXiv:1502.03167; the simplified dx in makemore lecture 4, which uses n - 1.
 
     >>> layer = BatchNorm1d(2)

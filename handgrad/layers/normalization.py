@@ -17,7 +17,7 @@ class LayerNorm(Layer):
     """Normalise the last dimensions of each sample, then scale and shift them elementwise.
 
     Forward:   xhat = (x - mean) rstd,  rstd = 1/sqrt(var + eps),  out = xhat weight + bias
-               with mean and var = mean((x - mean)^2) over the dimensions of normalized_shape, n values a sample
+               with mean and var = mean((x - mean)^2) over the dimensions of normalized_shape, n values per sample
     Shapes:    x (..., *normalized_shape); weight, bias normalized_shape; out like x
     Backward:  dbias = sum dout;  dweight = sum dout xhat, both over the leading dimensions;  dxhat = dout weight.
                x also acts through var and mean; with `avg` the mean over a sample's n values,
@@ -127,7 +127,7 @@ class RMSNorm(Layer):
         _check(self, x, self.normalized_shape, self.weight)
         dims = tuple(range(-len(self.normalized_shape), 0))
         eps = torch.finfo(x.dtype).eps if self.eps is None else self.eps
-        rstd = ((x * x).mean(dims, keepdim=True) + eps).rsqrt()  # one a sample
+        rstd = ((x * x).mean(dims, keepdim=True) + eps).rsqrt()  # one per sample
         out = x * rstd if self.weight is None else x * rstd * self.weight
         self.push(x, rstd, self.weight, out=out)
         return out

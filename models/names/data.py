@@ -61,9 +61,9 @@ def read_names(path: Path) -> list[str]:
     except OSError as error:
         raise InputError(f"cannot read the data file {path}: {error.strerror}") from None
     except UnicodeDecodeError:
-        raise InputError(f"{path} is not a UTF-8 text file; expected one name a line") from None
+        raise InputError(f"{path} is not a UTF-8 text file; expected one name per line") from None
     if "\0" in text:
-        raise InputError(f"{path} is a binary file; expected text, one name a line")
+        raise InputError(f"{path} is a binary file; expected text, one name per line")
     names = [line.strip() for line in text.splitlines()]
     for number, name in enumerate(names, 1):
         if BOUNDARY in name:

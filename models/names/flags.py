@@ -74,7 +74,7 @@ def parse_flags(recipe: Recipe, argv: Sequence[str] | None) -> argparse.Namespac
         type=Path,
         default=DATA,
         metavar="PATH",
-        help="text file, one name a line (default: the shipped names)",
+        help="text file, one name per line (default: the shipped names)",
     )
     size("--block-size", 1, 1024, "characters of context", data)
     size("--embedding-dim", 1, 65536, "numbers a character is embedded in", data)

@@ -20,7 +20,7 @@ from names.run import Recipe
 from tests.models.running import run
 
 SMALL = {"embedding_dim": 8, "hidden_dim": 12, "batch_size": 6}
-CASES = [(name, {}) for name in TWINS] + [("gpt", {"tied": True})]
+MODELS = [(name, {}) for name in TWINS] + [("gpt", {"tied": True})]
 
 
 @pytest.mark.parametrize("recipe", [names_wavenet.RECIPE, names_gru.RECIPE, names_gpt.RECIPE], ids=lambda r: r.name)
@@ -41,7 +41,7 @@ def test_a_short_run_with_all_flags(
     assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize(("name", "options"), CASES, ids=["mlp", "wavenet", "gru", "gpt", "gpt tied"])
+@pytest.mark.parametrize(("name", "options"), MODELS, ids=["mlp", "wavenet", "gru", "gpt", "gpt tied"])
 def test_training_equals_that_of_the_twin(name: str, options: dict[str, bool]) -> None:
     """Twelve steps on real names with the model's own optimizer, in float64: every parameter and buffer."""
     recipe, make_twin = TWINS[name]
