@@ -73,7 +73,7 @@ def check_optimizer(
         grads = [[data.draw(tensors(p.shape)) for p in start] for _ in range(2)]
         absent = data.draw(st.integers(0, 15), label="parameters without a gradient, as bits")
         seen.add(f"{values} {absent} {start} {grads}")
-        moved[0] |= _compare(make, reference, values, start, grads, absent)
+        moved[0] |= _side_by_side(make, reference, values, start, grads, absent)
 
     try:
         run()
@@ -86,7 +86,7 @@ def check_optimizer(
     return len(seen)
 
 
-def _compare(
+def _side_by_side(
     make: Callable[..., Any],
     reference: Callable[..., Any],
     values: dict[str, Any],

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from handgrad.testing import calls, judge, subject
+from handgrad.testing import judge, subject
 from handgrad.testing.errors import LayerCrash, OracleError, OutputMismatch
 
 DIRECTIONS = 3
@@ -29,7 +29,7 @@ Call = Callable[..., tuple[Tensor, ...]]
 class Truth:
     """The right outputs, gradients and buffers, and who says so."""
 
-    result: calls.Result
+    result: subject.Result
     source: str
     uncertainty: dict[str, Tensor] = field(default_factory=dict)  # of finite differences, by gradient
 
@@ -69,7 +69,7 @@ class Oracle:
             if found is not None:
                 source = "reference" if self.independent else "autograd through forward"
                 return Truth(found, source)
-        return self._differences(layer, inputs, douts, seed)
+        return self._finite_differences(layer, inputs, douts, seed)
 
     def police(self, layer: Any, inputs: tuple[Any, ...], douts: tuple[Tensor, ...], truth: Truth, seed: int) -> None:
         """Raise OracleError where finite differences in random directions contradict the gradients in `truth`.
@@ -82,7 +82,7 @@ class Oracle:
         contradiction = self._contradiction(layer, inputs, douts, truth, seed)
         if contradiction:
             for k in range(NEIGHBOURS):
-                near, moved = _neighbour(layer, inputs, seed + k)
+                near, moved = _off_the_kink(layer, inputs, seed + k)
                 there = self.truth(near, moved, douts, seed)
                 if there.source == truth.source and not self._contradiction(near, moved, douts, there, seed):
                     return
@@ -92,7 +92,7 @@ class Oracle:
         self, layer: Any, inputs: tuple[Any, ...], douts: tuple[Tensor, ...], truth: Truth, seed: int
     ) -> str:
         """What finite differences say against the truth; nothing where they agree."""
-        at = self._at(layer, inputs, seed)
+        at = _Point(self, layer, inputs, seed)
         generator = torch.Generator().manual_seed(seed + 1)
         for _ in range(DIRECTIONS):
             direction = {
@@ -120,15 +120,15 @@ class Oracle:
         layer = subject.honest(layer)
         if self.module is not None:
             module = self._module(layer)
-            return lambda *inputs: subject.flatten(module(*subject.pack(layer, inputs))), module
+            return lambda *inputs: subject.flatten(module(*subject.packed(layer, inputs))), module
         twin = subject.clone(layer)
         if self.reference is None:
-            return lambda *inputs: calls.forward(twin, inputs), twin
-        reference, takes_layer = self.reference, next(iter(_names(self.reference)), "") == "layer"
+            return lambda *inputs: subject.forward(twin, inputs), twin
+        reference, takes_layer = self.reference, next(iter(_argument_names(self.reference)), "") == "layer"
 
         def call(*inputs: Any) -> tuple[Tensor, ...]:
-            packed = subject.pack(layer, inputs)
-            return subject.flatten(reference(subject.unwrap(twin), *packed) if takes_layer else reference(*packed))
+            given = subject.packed(layer, inputs)
+            return subject.flatten(reference(subject.unwrap(twin), *given) if takes_layer else reference(*given))
 
         return call, twin
 
@@ -146,9 +146,9 @@ class Oracle:
 
     def _autograd(
         self, layer: Any, inputs: tuple[Any, ...], douts: tuple[Tensor, ...], seed: int
-    ) -> calls.Result | None:
+    ) -> subject.Result | None:
         """What autograd says, or None where forward leaves it nothing to follow."""
-        leaves = {n: x.detach().clone().requires_grad_() for n, x in calls.differentiable(layer, inputs).items()}
+        leaves = {n: x.detach().clone().requires_grad_() for n, x in subject.differentiable(layer, inputs).items()}
         call, owner = self.bind(layer)
         params = {name: p.requires_grad_() for name, p in subject.parameters(owner).items() if p.is_floating_point()}
         wanted = {**leaves, **params}
@@ -178,24 +178,21 @@ class Oracle:
         for name, leaf in leaves.items():
             found[name] = torch.zeros_like(leaf) if found[name] is None else found[name]
         kept = {n: found.get(n) for n in [*leaves, *subject.parameters(layer)]}
-        return calls.Result(
-            calls.named("out", tuple(o.detach() for o in outs)), kept, calls.copies(subject.buffers(owner))
+        return subject.Result(
+            subject.named("out", tuple(o.detach() for o in outs)), kept, subject.copies(subject.buffers(owner))
         )
 
     def _hidden(
         self, layer: Any, inputs: tuple[Any, ...], douts: tuple[Tensor, ...], silent: list[str], seed: int
     ) -> bool:
         """Whether one of the tensors that autograd found no path to does move the outputs."""
-        at = self._at(layer, inputs, seed)
+        at = _Point(self, layer, inputs, seed)
         moved = {k: torch.where(v >= 0, 1.0, -1.0).to(v) for k, v in at.leaves.items() if k in silent}
         slope, uncertainty = at.slope(moved, douts) if moved else (0.0, 0.0)
         return abs(slope) > uncertainty + 1e-9
 
-    def _at(self, layer: Any, inputs: tuple[Any, ...], seed: int) -> _Point:
-        return _Point(self, layer, inputs, seed)
-
-    def _differences(self, layer: Any, inputs: tuple[Any, ...], douts: tuple[Tensor, ...], seed: int) -> Truth:
-        at = self._at(layer, inputs, seed)
+    def _finite_differences(self, layer: Any, inputs: tuple[Any, ...], douts: tuple[Tensor, ...], seed: int) -> Truth:
+        at = _Point(self, layer, inputs, seed)
         grads: dict[str, Tensor | None] = {}
         uncertain: dict[str, Tensor] = {}
         for name, leaf in at.leaves.items():
@@ -208,8 +205,8 @@ class Oracle:
             grads[name], uncertain[name] = grad.view(leaf.shape), doubt.view(leaf.shape)
         call, owner = self.bind(layer)
         with subject.private_rng(seed), torch.no_grad():
-            outs = calls.named("out", call(*inputs))
-        return Truth(calls.Result(outs, grads, calls.copies(subject.buffers(owner))), "finite differences", uncertain)
+            outs = subject.named("out", call(*inputs))
+        return Truth(subject.Result(outs, grads, subject.copies(subject.buffers(owner))), "finite differences", uncertain)
 
 
 class _Point:
@@ -217,26 +214,26 @@ class _Point:
 
     def __init__(self, oracle: Oracle, layer: Any, inputs: tuple[Any, ...], seed: int) -> None:
         self.oracle, self.layer, self.inputs, self.seed = oracle, layer, inputs, seed
-        self.dx = calls.differentiable(layer, inputs)
+        self.dx = subject.differentiable(layer, inputs)
         params = {name: p for name, p in subject.parameters(layer).items() if p.is_floating_point()}
         self.leaves = {**self.dx, **params}
 
     def slope(self, direction: dict[str, Tensor], douts: tuple[Tensor, ...]) -> tuple[float, float]:
         """The derivative of sum(dout * out) along `direction`, and how uncertain it is.
 
-        Half the step must give the same slope, and half the difference between the two sides; what is missing to
-        that (curvature, a kink between the points) makes the uncertainty.
+        Half the step must give the same slope, and half the difference between the two sides. How far it does not
+        (curvature, a kink between the points) is the uncertainty.
         """
-        f0, slopes, jumps = self._value({}, 0, douts), [], []
+        f0, slopes, jumps = self._objective({}, 0, douts), [], []
         for h in (STEP, STEP / 2):
-            ahead, behind = self._value(direction, h, douts), self._value(direction, -h, douts)
+            ahead, behind = self._objective(direction, h, douts), self._objective(direction, -h, douts)
             slopes.append((ahead - behind) / (2 * h))
             jumps.append((ahead - 2 * f0 + behind) / h)
         noise = 1e-15 * (abs(f0) + 1) / STEP
         uncertainty = 8 * abs(slopes[0] - slopes[1]) + 2 * abs(2 * jumps[1] - jumps[0]) + 100 * noise
         return slopes[1], uncertainty
 
-    def _value(self, direction: dict[str, Tensor], h: float, douts: tuple[Tensor, ...]) -> float:
+    def _objective(self, direction: dict[str, Tensor], h: float, douts: tuple[Tensor, ...]) -> float:
         moved = {name: x + h * direction[name] for name, x in self.dx.items() if name in direction}
         layer = subject.clone(self.layer)
         for name, param in subject.parameters(layer).items():
@@ -249,7 +246,7 @@ class _Point:
             )
 
 
-def _neighbour(layer: Any, inputs: tuple[Any, ...], seed: int) -> tuple[Any, tuple[Any, ...]]:
+def _off_the_kink(layer: Any, inputs: tuple[Any, ...], seed: int) -> tuple[Any, tuple[Any, ...]]:
     """A layer and inputs with every number moved by up to a tenth: towards 0, or up where it is 0.
 
     So no number leaves the range it was drawn from, equal ones become unequal, and none stays on a kink.
@@ -269,7 +266,7 @@ def _neighbour(layer: Any, inputs: tuple[Any, ...], seed: int) -> tuple[Any, tup
 
 
 def _replace(layer: Any, inputs: tuple[Any, ...], new: dict[str, Tensor]) -> tuple[Any, ...]:
-    return tuple(new.get(name, x) for name, x in zip(calls.input_names(layer, inputs), inputs))
+    return tuple(new.get(name, x) for name, x in zip(subject.input_names(layer, inputs), inputs))
 
 
 def _same_shapes(outs: tuple[Tensor, ...], douts: tuple[Tensor, ...]) -> None:
@@ -279,7 +276,7 @@ def _same_shapes(outs: tuple[Tensor, ...], douts: tuple[Tensor, ...]) -> None:
         raise OutputMismatch(f"forward gives outputs of shapes {ours}, the reference {theirs}")
 
 
-def _names(function: Callable[..., Any]) -> list[str]:
+def _argument_names(function: Callable[..., Any]) -> list[str]:
     try:
         return list(inspect.signature(function).parameters)
     except (TypeError, ValueError):  # a builtin without a signature

@@ -1,0 +1,101 @@
+"""The registry of properties: one decorated function says all that there is to know about a property."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from handgrad.errors import ArgumentError
+from handgrad.testing import rounding
+from handgrad.testing.errors import GradientMismatch
+from handgrad.testing.sample import Sample, sample_of
+
+
+class NotApplicable(Exception):  # noqa: N818  # a finding about the layer, not an error
+    """The property says nothing about this layer; the text says why."""
+
+
+@dataclass(frozen=True)
+class Property:
+    """A property that every right layer has. The fields are the arguments of `prop`, which makes it."""
+
+    number: int
+    name: str
+    says: str
+    check: Callable[[Sample], None]
+    public: Callable[..., None]
+    examples: int
+    first: bool
+    draws: str
+
+
+PROPERTIES: dict[str, Property] = {}
+"""All properties by name. `del PROPERTIES["name"]` takes one out again."""
+
+
+def prop(
+    number: int,
+    name: str,
+    *,
+    examples: int = 15,
+    first: bool = False,
+    draws: Literal["ordinary", "edges", "special"] = "ordinary",
+) -> Callable[[Callable[[Sample], None]], Callable[..., None]]:
+    """Register a function of a Sample as a property, which `check_layer` then checks of every layer.
+
+    number      how reports call it, and its place in the order: P15 and more are free.
+    name        what `skip=` and `--reproduce` call it; `handgrad.testing.assert_<name>` finds it.
+    examples    how many, at hypothesis' default of max_examples=100; profiles scale it.
+    first       before all others: without it, they may speak nonsense.
+    draws       "ordinary" sizes and values; "edges" for sizes of 0 and 1; "special" for zeros, kinks, values far out.
+
+    The function raises GradientMismatch, OutputMismatch or ContractError where the layer is wrong, mostly by
+    `judge.judge`, and NotApplicable where it says nothing about the layer. The first line of its docstring is what a
+    failure says the property is. What comes back can also be called with a layer, its input, and a dout if need be.
+
+    >>> from handgrad import Tanh
+    >>> from handgrad.testing import PROPERTIES, OutputMismatch, check_layer, prop
+    >>> @prop(15, "bounded")
+    ... def assert_bounded(s):
+    ...     "No output is larger than 1."
+    ...     if any((out.abs() > 1).any() for out in s.result.outs.values()):
+    ...         raise OutputMismatch("out is larger than 1")
+    >>> assert_bounded(Tanh(), torch.ones(3))
+    >>> check_layer(Tanh, x="*N", skip={"sensitivity": "an example"}).properties[-1].name
+    'bounded'
+    >>> del PROPERTIES["bounded"]
+    """
+
+    def register(function: Callable[[Sample], None]) -> Callable[..., None]:
+        def check(s: Sample) -> None:
+            try:
+                function(s)
+            except GradientMismatch as failure:
+                if not rounding.may_be_noise(failure):
+                    raise
+                function(rounding.judged_by_noise(s))
+
+        @functools.wraps(function)
+        def public(layer: Any, *args: Any, **keywords: Any) -> None:
+            check(layer if isinstance(layer, Sample) and not args else sample_of(layer, *args, **keywords))
+
+        taken = [p for p in PROPERTIES.values() if name == p.name or number == p.number]
+        if taken and taken[0].public.__qualname__ != function.__qualname__:  # else it is being defined anew
+            raise ArgumentError(
+                f"prop: {number} {name!r} is taken by P{taken[0].number} {taken[0].name}; choose another number and "
+                f"name, or take that one out first: del PROPERTIES[{taken[0].name!r}]"
+            )
+        says = (function.__doc__ or "").strip().split("\n")[0]
+        PROPERTIES[name] = Property(number, name, says, check, public, examples, first, draws)
+        return public
+
+    if not name.isidentifier() or name in ("sensitivity", "differences"):
+        raise ArgumentError(f"prop: the name must be a word of its own, got {name!r}")
+    return register
+
+
+def in_order() -> list[Property]:
+    """All properties, in the order in which a check runs them."""
+    return sorted(PROPERTIES.values(), key=lambda p: (not p.first, p.number))
