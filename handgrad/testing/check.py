@@ -20,8 +20,8 @@ from handgrad.testing import judge, subject
 from handgrad.testing.errors import CheckError, CheckFailure, ContractError, LayerCrash, OracleError, VacuousCheck
 from handgrad.testing.plan import Plan, plan_of
 from handgrad.testing.properties.values import is_refusal
-from handgrad.testing.report import PropertyReport, Report, example, failure_text
 from handgrad.testing.registry import PROPERTIES, NotApplicable, Property, in_order
+from handgrad.testing.report import PropertyReport, Report, example, failure_text
 from handgrad.testing.sample import Sample
 from handgrad.testing.sensitivity import plant
 from handgrad.testing.strategies import samples

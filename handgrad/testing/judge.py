@@ -118,9 +118,8 @@ def _failure_of(
     note(want.numel(), float(ratios.max()) if want.numel() and not bad.any() else 0.0)
     if not bad.any():
         return None
-    return kind(
-        head + _where_they_differ(got, want, error, bad, allowed), tensor=name, got=got, want=want, bad=bad, allowed=allowed
-    )
+    text = head + _where_they_differ(got, want, error, bad, allowed)
+    return kind(text, tensor=name, got=got, want=want, bad=bad, allowed=allowed)
 
 
 def _where_they_differ(got: Tensor, want: Tensor, error: Tensor, bad: Tensor, allowed: Tensor) -> str:

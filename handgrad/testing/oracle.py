@@ -206,7 +206,8 @@ class Oracle:
         call, owner = self.bind(layer)
         with subject.private_rng(seed), torch.no_grad():
             outs = subject.named("out", call(*inputs))
-        return Truth(subject.Result(outs, grads, subject.copies(subject.buffers(owner))), "finite differences", uncertain)
+        result = subject.Result(outs, grads, subject.copies(subject.buffers(owner)))
+        return Truth(result, "finite differences", uncertain)
 
 
 class _Point:

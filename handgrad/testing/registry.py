@@ -51,21 +51,22 @@ def prop(
     first       before all others: without it, they may speak nonsense.
     draws       "ordinary" sizes and values; "edges" for sizes of 0 and 1; "special" for zeros, kinks, values far out.
 
-    The function raises GradientMismatch, OutputMismatch or ContractError where the layer is wrong, mostly by
-    `judge.judge`, and NotApplicable where it says nothing about the layer. The first line of its docstring is what a
-    failure says the property is. What comes back can also be called with a layer, its input, and a dout if need be.
+    The function compares with `judge.judge`, which raises GradientMismatch or OutputMismatch; or raises one of them or
+    ContractError itself, and tells `judge.note` how many numbers it has compared, for a check that compared nothing is
+    refused. It raises NotApplicable where it says nothing about the layer. A failure shows the first line of its
+    docstring. What comes back can also be called with a layer and its input.
 
+    >>> import torch
     >>> from handgrad import Tanh
-    >>> from handgrad.testing import PROPERTIES, OutputMismatch, check_layer, prop
-    >>> @prop(15, "bounded")
-    ... def assert_bounded(s):
-    ...     "No output is larger than 1."
-    ...     if any((out.abs() > 1).any() for out in s.result.outs.values()):
-    ...         raise OutputMismatch("out is larger than 1")
-    >>> assert_bounded(Tanh(), torch.ones(3))
-    >>> check_layer(Tanh, x="*N", skip={"sensitivity": "an example"}).properties[-1].name
-    'bounded'
-    >>> del PROPERTIES["bounded"]
+    >>> from handgrad.testing import PROPERTIES, check_layer, judge, prop
+    >>> @prop(15, "odd")
+    ... def assert_odd(s):
+    ...     "The gradients at -x are those at x."
+    ...     judge.judge(s.run(inputs=tuple(-x for x in s.inputs)).grads, s.result.grads, s.same_code, " at -x")
+    >>> assert_odd(Tanh(), torch.ones(3, dtype=torch.float64))
+    >>> check_layer(Tanh, x="*N").properties[-1].name
+    'odd'
+    >>> del PROPERTIES["odd"]
     """
 
     def register(function: Callable[[Sample], None]) -> Callable[..., None]:
@@ -82,7 +83,8 @@ def prop(
             check(layer if isinstance(layer, Sample) and not args else sample_of(layer, *args, **keywords))
 
         taken = [p for p in PROPERTIES.values() if name == p.name or number == p.number]
-        if taken and taken[0].public.__qualname__ != function.__qualname__:  # else it is being defined anew
+        here = (function.__module__, function.__qualname__)
+        if taken and (taken[0].public.__module__, taken[0].public.__qualname__) != here:  # else it is defined anew
             raise ArgumentError(
                 f"prop: {number} {name!r} is taken by P{taken[0].number} {taken[0].name}; choose another number and "
                 f"name, or take that one out first: del PROPERTIES[{taken[0].name!r}]"

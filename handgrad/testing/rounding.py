@@ -1,9 +1,9 @@
 """How much of a difference rounding explains.
 
 Every gradient is judged by its own size. That is no measure where large numbers cancel (equal rows under a batch norm,
-a bias before one): such a gradient is all rounding noise. So there is a floor under each size; a failure that noise may
-explain gets a second look, by the noise that the oracle itself has (`judged_by_noise`); and float32 is judged by the error
-that the oracle makes in float32.
+a bias before one): such a gradient is all rounding noise. So there is a floor under each size; a failure that noise
+may explain gets a second look, by the noise that the oracle itself has (`judged_by_noise`); and float32 is judged by
+the error that the oracle makes in float32.
 """
 
 from __future__ import annotations

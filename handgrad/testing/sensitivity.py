@@ -89,17 +89,17 @@ def _largest_zeroed(dx: Tensor, size: float) -> Tensor:
     return dx
 
 
-def _scale_gradients(f: Faulty, douts: tuple[Tensor, ...]) -> None:
+def _scale_grads(f: Faulty, douts: tuple[Tensor, ...]) -> None:
     for p in subject.parameters(f).values():
         if p.grad is not None:
             p.grad.mul_(1 + f.size)
 
 
-def _drop_gradient(f: Faulty, douts: tuple[Tensor, ...]) -> None:
+def _drop_last(f: Faulty, douts: tuple[Tensor, ...]) -> None:
     list(subject.parameters(f).values())[-1].grad = None
 
 
-def _share_gradient(f: Faulty, douts: tuple[Tensor, ...]) -> None:
+def _share_last(f: Faulty, douts: tuple[Tensor, ...]) -> None:
     p = list(subject.parameters(f).values())[-1]
     p.grad = douts[0].detach().reshape(-1)[:1].expand(p.numel()).view(p.shape)
 
@@ -208,10 +208,10 @@ GENERIC_FAULTS = (
     Fault("dx with one dimension more", "gradients", _dx(lambda dx, size: dx.unsqueeze(0)), why_not=_no_dx),
     Fault("dx in float32", "gradients", _dx(lambda dx, size: dx.to(torch.float32)), why_not=_no_dx),
     Fault("1e-6 added to dx", "linearity", _dx(lambda dx, size: dx + 1e-6), why_not=_no_dx),
-    Fault("parameter gradients slightly scaled", "gradients", _afterwards(_scale_gradients), why_not=_no_parameters),
-    Fault("the last parameter's gradient not written", "gradients", _afterwards(_drop_gradient), why_not=_no_parameters),
+    Fault("parameter gradients slightly scaled", "gradients", _afterwards(_scale_grads), why_not=_no_parameters),
+    Fault("the last parameter's gradient not written", "gradients", _afterwards(_drop_last), why_not=_no_parameters),
     Fault("gradients overwritten, not added to", "accumulation", _overwrite_gradients, why_not=_no_parameters),
-    Fault("a gradient that shares memory with dout", "aliasing", _afterwards(_share_gradient), why_not=_no_parameters),
+    Fault("a gradient that shares memory with dout", "aliasing", _afterwards(_share_last), why_not=_no_parameters),
     Fault("dout replaced by ones", "gradients", _dout(torch.ones_like)),
     Fault("dout multiplied in place", "ownership", _afterwards(_write_douts)),
     Fault("x written to in forward", "ownership", forward=_write_x),
@@ -245,7 +245,9 @@ def _fate(fault: Fault, kept: Mapping[str, list[Sample]], skip: Mapping[str, str
     name = fault.noticed_by
     if name in skip:
         return f"not judged: {name} skipped"
-    others = [s for other, drawn in kept.items() if other != name and PROPERTIES[other].draws == "ordinary" for s in drawn]
+    others = [
+        s for other, drawn in kept.items() if other != name and PROPERTIES[other].draws == "ordinary" for s in drawn
+    ]
     reason, tried = "no examples", False
     for sample in [*kept[name], *others] if name in kept else []:
         why_not = fault.why_not(sample)

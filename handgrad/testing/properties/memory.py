@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -67,24 +67,25 @@ def assert_layouts(s: Sample) -> None:
     """Strided, transposed, rotated, shifted and expanded x and dout give what contiguous ones give."""
     for i, x in enumerate(s.inputs):
         row = {"one row": x[:1].expand(x.shape)} if x.dim() and x.shape[0] > 1 else {}
-        _assert_any_layout("x", x, row, s, lambda t, i=i: s.run(inputs=_replaced(s.inputs, i, t)))
+        _assert_any_layout(s, "x", i, row)
     for i, dout in enumerate(s.douts):
         number = {"one number": dout.flatten()[0].expand(dout.shape)} if dout.numel() else {}
-        _assert_any_layout("dout", dout, number, s, lambda t, i=i: s.run(douts=_replaced(s.douts, i, t)))
+        _assert_any_layout(s, "dout", i, number)
 
 
-def _assert_any_layout(
-    what: str, given: Tensor, expanded: dict[str, Tensor], s: Sample, run: Callable[[Tensor], subject.Result]
-) -> None:
-    for layout, t in _layouts(given):
+def _assert_any_layout(s: Sample, what: str, i: int, expanded: dict[str, Tensor]) -> None:
+    """One x or dout in every layout; and what `expanded` holds beside the same without strides of 0."""
+    given = s.inputs if what == "x" else s.douts
+
+    def run(t: Tensor) -> subject.Result:
+        changed = (*given[:i], t, *given[i + 1 :])
+        return s.run(inputs=changed) if what == "x" else s.run(douts=changed)
+
+    for layout, t in _layouts(given[i]):
         _same(run(t), s.result, s, f" for {what} {layout}, strides {t.stride()}")
     for source, t in expanded.items():
         want = run(t.contiguous())
         _same(run(t), want, s, f" for {what} expanded from {source}, strides {t.stride()}")
-
-
-def _replaced(tensors: tuple[Any, ...], i: int, t: Tensor) -> tuple[Any, ...]:
-    return (*tensors[:i], t, *tensors[i + 1 :])
 
 
 def _layouts(t: Tensor) -> Iterator[tuple[str, Tensor]]:
