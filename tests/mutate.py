@@ -1,8 +1,9 @@
 """Mutate the source of backward and see whether the checks notice: ``python -m tests.mutate handgrad.layers.linear``.
 
-Every mutant is one small mistake in a backward, in what a backward calls or hands on (a formula given to `blockwise`),
-in a buffer update or an optimizer's step: a term dropped, a sign flipped, a sum for a mean, a transpose forgotten, a
-gradient assigned for added, a condition turned round. It is put into the class itself, the cases that cover the class are run, and the class is restored.
+Every mutant is one small mistake in a backward, in a function that a backward calls or hands on (a formula given to
+`blockwise`), in a buffer update or an optimizer's step: a term dropped, a sign flipped, a sum for a mean, a transpose
+forgotten, a gradient assigned for added, a condition turned round. It is put into the class itself, the cases that
+cover the class are run, and the class is restored.
 
 Left out on purpose, for they cannot change a result: dropping `out=`, the other order of the operands of a sum or a
 product, an operation out of place for one in place whose result is used (the converse, which may write to what belongs

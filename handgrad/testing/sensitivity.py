@@ -245,11 +245,9 @@ def _fate(fault: Fault, kept: Mapping[str, list[Sample]], skip: Mapping[str, str
     name = fault.noticed_by
     if name in skip:
         return f"not judged: {name} skipped"
-    others = [
-        s for other, drawn in kept.items() if other != name and PROPERTIES[other].draws == "ordinary" for s in drawn
-    ]
+    others = [other for other in kept if other != name and PROPERTIES[other].draws == "ordinary"]
     reason, tried = "no examples", False
-    for sample in [*kept[name], *others] if name in kept else []:
+    for sample in [s for each in (name, *others) for s in kept[each]] if name in kept else []:
         why_not = fault.why_not(sample)
         if why_not:
             reason = why_not
