@@ -37,11 +37,11 @@ class Hint:
 
 
 def agreed(shown: Sequence[Hint], others: Mapping[str, Sequence[Hint]]) -> list[str]:
-    """The hints of the example shown, which is small, in the light of other, richer ones that fail, too.
+    """What to say of the example shown, which is the smallest, after a look at richer ones that fail as well.
 
-    What any of them shows, too, is said of the one shown, with the meanings that hold for all. What only another one
-    shows is said of that, by its name. What only the small one shows may come of its being small, and is said where
-    there is nothing else, if it is not weak.
+    A hint that the richer ones give, too, is said with the meanings that hold in all of them. A hint that only they
+    give is said with the name of the first. A hint that only the smallest gives may come from its being so small: it
+    is said where there is no other, and never if it is weak.
     """
     known: dict[str, tuple[str, Hint]] = {}
     for name, found in others.items():
@@ -56,7 +56,7 @@ def agreed(shown: Sequence[Hint], others: Mapping[str, Sequence[Hint]]) -> list[
 
 
 def hints(s: Sample, details: dict[str, Any]) -> list[Hint]:
-    """What the failure looks like, in words; the most telling first."""
+    """Guesses at what a failure with these details lacks; the most telling first."""
     got, want = details.get("got"), details.get("want")
     found: list[Hint] = []
     if isinstance(got, Tensor) and isinstance(want, Tensor) and got.is_floating_point():
@@ -163,7 +163,7 @@ def _difference(got: Tensor, want: Tensor) -> Iterator[Hint]:
 
 
 def _proportional(s: Sample, got: Tensor, want: Tensor) -> Iterator[Hint]:
-    """Whether the error is x or out, times a factor a row: the shape of a forgotten path through a reduction."""
+    """Whether the error is x or out, times one factor per row: the mark of a forgotten path through a reduction."""
     off = got - want
     for name, base in {**s.result.outs, **subject.named("x", s.inputs)}.items():
         if base.shape != off.shape or not base.is_floating_point() or not off.dim() or judge.largest(off) == 0:

@@ -41,8 +41,8 @@ def tallying() -> Iterator[Tally]:
         _tally.reset(token)
 
 
-def note(elements: int, ratio: float = 0.0) -> None:
-    """Tell the tally of a comparison made elsewhere."""
+def compared(elements: int, ratio: float = 0.0) -> None:
+    """Count numbers that were compared; `ratio` is the largest of their errors over its limit."""
     tally = _tally.get()
     if tally is not None:
         tally.elements += elements
@@ -115,7 +115,7 @@ def _failure_of(
         allowed, error = torch.zeros_like(got), (got - want).abs()
         bad = got != want
     ratios = torch.where(torch.isfinite(want.double()), error / allowed.clamp(min=1e-300), 0)
-    note(want.numel(), float(ratios.max()) if want.numel() and not bad.any() else 0.0)
+    compared(want.numel(), float(ratios.max()) if want.numel() and not bad.any() else 0.0)
     if not bad.any():
         return None
     text = head + _where_they_differ(got, want, error, bad, allowed)
@@ -139,7 +139,7 @@ def _where_they_differ(got: Tensor, want: Tensor, error: Tensor, bad: Tensor, al
 
 
 def plus(a: Tensor | None, b: Tensor | None) -> Tensor | None:
-    """The sum of two gradients, of which None is none at all."""
+    """The sum of two gradients, of which None means that there is none."""
     return a if b is None else b if a is None else a + b
 
 

@@ -138,6 +138,6 @@ def _both_refuse(make: Callable[..., Any], reference: Callable[..., Any], values
         try:
             optimizer([torch.zeros(1)], **values)
         except ValueError:
-            judge.note(1)
+            judge.compared(1)
         else:
             raise ContractError(f"{what} must refuse {values} with a ValueError")

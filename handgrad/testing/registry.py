@@ -51,10 +51,10 @@ def prop(
     first       before all others: without it, they may speak nonsense.
     draws       "ordinary" sizes and values; "edges" for sizes of 0 and 1; "special" for zeros, kinks, values far out.
 
-    The function compares with `judge.judge`, which raises GradientMismatch or OutputMismatch; or raises one of them or
-    ContractError itself, and tells `judge.note` how many numbers it has compared, for a check that compared nothing is
-    refused. It raises NotApplicable where it says nothing about the layer. A failure shows the first line of its
-    docstring. What comes back can also be called with a layer and its input.
+    The function compares with `judge.judge`, which raises GradientMismatch or OutputMismatch. Or it raises one of them
+    or ContractError itself, and tells `judge.compared` how many numbers it has looked at: a check that compared
+    nothing is refused. It raises NotApplicable where it says nothing about the layer. The first line of its docstring
+    is in the text of a failure. What the decorator returns can also be called with a layer and its input.
 
     >>> import torch
     >>> from handgrad import Tanh

@@ -85,12 +85,12 @@ def _guesses(error: CheckFailure, name: str, s: Sample, rich: Sequence[Sample]) 
         if other.richness() <= s.richness():
             continue
         shapes = ", ".join(f"{x} {tuple(t.shape)}" for x, t in subject.named("x", other.inputs).items())
-        others.setdefault(shapes, _hints(error, name, other))
-    return agreed(_hints(error, name, s), others)[:3]
+        others.setdefault(shapes, _hints_in(error, name, other))
+    return agreed(_hints_in(error, name, s), others)[:3]
 
 
-def _hints(error: CheckFailure, name: str, s: Sample) -> list[Hint]:
-    """The hints of an example in which the same tensor is wrong as in `error`."""
+def _hints_in(error: CheckFailure, name: str, s: Sample) -> list[Hint]:
+    """The hints that an example gives, if the same tensor is wrong in it as in `error`."""
     try:
         PROPERTIES[name].check(s)
     except CheckFailure as first:
@@ -111,10 +111,10 @@ def example(s: Sample) -> list[str]:
     rows.update(subject.parameters(s.layer))
     rows.update(subject.buffers(s.layer))
     width = max(map(len, rows), default=0)
-    return ["the smallest example found:", *(f"  {name:<{width}} = {_value(value)}" for name, value in rows.items())]
+    return ["the smallest example found:", *(f"  {name:<{width}} = {_shown(value)}" for name, value in rows.items())]
 
 
-def _value(value: Any) -> str:
+def _shown(value: Any) -> str:
     if not isinstance(value, Tensor):
         return str(value)
     text = f"torch.tensor({judge.literal(value)})" if 0 < value.numel() <= SHOWN else ""

@@ -29,7 +29,7 @@ class Fault:
     noticed_by: str  # the property that must fail
     backward: Method | None = None
     forward: Method | None = None
-    why_not: Callable[[Sample], str] = lambda s: ""  # why this layer cannot have it; empty where it can
+    not_where: tuple[str, ...] = ()  # it cannot be planted where one of these holds (NEEDS)
 
 
 class Faulty(subject.StandIn):
@@ -160,67 +160,60 @@ def _scaled_out(f: Faulty, *inputs: Any) -> Any:
     return _each(lambda out: out * (1 + 1e-6), f.wrapped_layer.forward(*inputs))
 
 
-# ---------------------------------------------------------------- why a layer cannot have one
+# ---------------------------------------------------------------- which layers can have them
 
 
-def _no_dx(s: Sample) -> str:
-    return "" if subject.differentiable(s.layer, s.inputs) else "no dx"
-
-
-def _no_parameters(s: Sample) -> str:
-    return "" if subject.parameters(s.layer) else "no parameters"
-
-
-def _lone_dout(s: Sample) -> str:
-    return "" if any(d.numel() > 1 for d in s.douts) else "dout is a single number"
-
-
-def _one_behaviour(s: Sample) -> str:
-    if not subject.has_modes(s.layer):
-        return "no modes"
+def _two_behaviours(s: Sample) -> bool:
     with subject.private_rng(s.seed), torch.no_grad():
         training, evaluation = (subject.forward(s.mode(mode).layer, s.inputs) for mode in (True, False))
-    same = all(judge.identical(a, b) for a, b in zip(training, evaluation))
-    return "training and evaluation do the same" if same else ""
+    return any(not judge.identical(a, b) for a, b in zip(training, evaluation))
 
 
-def _no_learning(s: Sample) -> str:
-    if not subject.buffers(s.layer):
-        return "no buffers"
-    if not s.oracle.keeps_buffers:
-        return "only module= says what buffers must be"
+def _learns(s: Sample) -> bool:
     twin = s.copy()
     before = subject.copies(subject.buffers(twin))
     with subject.private_rng(s.seed), torch.no_grad():
         subject.forward(twin, s.inputs)
-    changed = any(not torch.equal(b, before[name]) for name, b in subject.buffers(twin).items())
-    return "" if changed else "no forward changes a buffer"
+    return any(not torch.equal(b, before[name]) for name, b in subject.buffers(twin).items())
 
 
-def _no_reference(s: Sample) -> str:
-    return "" if s.oracle.independent else "only reference= or module= says what out must be"
-
+# What a layer must have, by what the report says of one that does not.
+NEEDS: dict[str, Callable[[Sample], Any]] = {
+    "no dx": lambda s: subject.differentiable(s.layer, s.inputs),
+    "no parameters": lambda s: subject.parameters(s.layer),
+    "dout is a single number": lambda s: any(d.numel() > 1 for d in s.douts),
+    "no modes": lambda s: subject.has_modes(s.layer),
+    "training and evaluation do the same": _two_behaviours,
+    "no buffers": lambda s: subject.buffers(s.layer),
+    "only module= says what buffers must be": lambda s: s.oracle.keeps_buffers,
+    "no forward changes a buffer": _learns,
+    "only reference= or module= says what out must be": lambda s: s.oracle.independent,
+}
+NO_DX, NO_PARAMETERS, LONE_DOUT = ("no dx",), ("no parameters",), ("dout is a single number",)
+NO_MODES = ("no modes", "training and evaluation do the same")
+NO_LEARNING = ("no buffers", "only module= says what buffers must be", "no forward changes a buffer")
+NO_REFERENCE = ("only reference= or module= says what out must be",)
 
 # fmt: off
 GENERIC_FAULTS = (
-    Fault("dx slightly scaled", "gradients", _dx(lambda dx, size: dx * (1 + size)), why_not=_no_dx),
-    Fault("the largest element of dx set to zero", "gradients", _dx(_largest_zeroed), why_not=_no_dx),
-    Fault("dx with one dimension more", "gradients", _dx(lambda dx, size: dx.unsqueeze(0)), why_not=_no_dx),
-    Fault("dx in float32", "gradients", _dx(lambda dx, size: dx.to(torch.float32)), why_not=_no_dx),
-    Fault("1e-6 added to dx", "linearity", _dx(lambda dx, size: dx + 1e-6), why_not=_no_dx),
-    Fault("parameter gradients slightly scaled", "gradients", _afterwards(_scale_grads), why_not=_no_parameters),
-    Fault("the last parameter's gradient not written", "gradients", _afterwards(_drop_last), why_not=_no_parameters),
-    Fault("gradients overwritten, not added to", "accumulation", _overwrite_gradients, why_not=_no_parameters),
-    Fault("a gradient that shares memory with dout", "aliasing", _afterwards(_share_last), why_not=_no_parameters),
+    Fault("dx slightly scaled", "gradients", _dx(lambda dx, size: dx * (1 + size)), not_where=NO_DX),
+    Fault("the largest element of dx set to zero", "gradients", _dx(_largest_zeroed), not_where=NO_DX),
+    Fault("dx with one dimension more", "gradients", _dx(lambda dx, size: dx.unsqueeze(0)), not_where=NO_DX),
+    Fault("dx in float32", "gradients", _dx(lambda dx, size: dx.to(torch.float32)), not_where=NO_DX),
+    Fault("1e-6 added to dx", "linearity", _dx(lambda dx, size: dx + 1e-6), not_where=NO_DX),
+    Fault("parameter gradients slightly scaled", "gradients", _afterwards(_scale_grads), not_where=NO_PARAMETERS),
+    Fault("the last parameter's gradient not written", "gradients", _afterwards(_drop_last), not_where=NO_PARAMETERS),
+    Fault("gradients overwritten, not added to", "accumulation", _overwrite_gradients, not_where=NO_PARAMETERS),
+    Fault("a gradient that shares memory with dout", "aliasing", _afterwards(_share_last), not_where=NO_PARAMETERS),
     Fault("dout replaced by ones", "gradients", _dout(torch.ones_like)),
     Fault("dout multiplied in place", "ownership", _afterwards(_write_douts)),
     Fault("x written to in forward", "ownership", forward=_write_x),
-    Fault("dout read as if it were contiguous", "layouts", _dout(_misread), why_not=_lone_dout),
+    Fault("dout read as if it were contiguous", "layouts", _dout(_misread), not_where=LONE_DOUT),
     Fault("a record of one slot: each forward overwrites it", "reuse", _of_latest, _keep_latest),
-    Fault("random numbers drawn anew in backward", "rng", _dx(lambda dx, size: dx * torch.rand(())), why_not=_no_dx),
-    Fault("the training path taken in eval()", "modes", forward=_always_training, why_not=_one_behaviour),
-    Fault("buffers never updated", "state", forward=_without_learning, why_not=_no_learning),
-    Fault("out times 1 + 1e-6", "state", forward=_scaled_out, why_not=_no_reference),
+    Fault("random numbers drawn anew in backward", "rng", _dx(lambda dx, size: dx * torch.rand(())), not_where=NO_DX),
+    Fault("the training path taken in eval()", "modes", forward=_always_training, not_where=NO_MODES),
+    Fault("buffers never updated", "state", forward=_without_learning, not_where=NO_LEARNING),
+    Fault("out times 1 + 1e-6", "state", forward=_scaled_out, not_where=NO_REFERENCE),
 )
 # fmt: on
 
@@ -248,9 +241,9 @@ def _fate(fault: Fault, kept: Mapping[str, list[Sample]], skip: Mapping[str, str
     others = [other for other in kept if other != name and PROPERTIES[other].draws == "ordinary"]
     reason, tried = "no examples", False
     for sample in [s for each in (name, *others) for s in kept[each]] if name in kept else []:
-        why_not = fault.why_not(sample)
-        if why_not:
-            reason = why_not
+        obstacle = next((text for text in fault.not_where if not NEEDS[text](sample)), "")
+        if obstacle:
+            reason = obstacle
             continue
         tried = True
         if noticed(fault, sample, name):

@@ -200,10 +200,10 @@ def run(layer: Any, inputs: tuple[Any, ...], douts: tuple[Tensor, ...], seed: in
     """
     inputs, douts = (tuple(t.clone() if t.is_contiguous() else t for t in each) for each in (inputs, douts))
     with recording(seed):
-        return step(clone(layer), inputs, douts)
+        return forward_backward(clone(layer), inputs, douts)
 
 
-def step(layer: Any, inputs: tuple[Any, ...], douts: tuple[Tensor, ...]) -> Result:
+def forward_backward(layer: Any, inputs: tuple[Any, ...], douts: tuple[Tensor, ...]) -> Result:
     """Forward and backward on this very object."""
     outs = forward(layer, inputs)
     dx = backward(layer, inputs, douts)

@@ -7,7 +7,7 @@ import torch
 
 from handgrad import Layer, parameter
 from handgrad.testing import GradientMismatch, OracleError, check_layer
-from handgrad.testing.oracle import Oracle
+from handgrad.testing.oracle import Oracle, _Point
 from tests.testing.strangers import Double
 
 
@@ -74,7 +74,7 @@ def test_a_kink_is_no_fault_of_the_oracle():
     kinked = Oracle(reference=lambda x: torch.where(x == 1, 5 * x - 3, 2 * x))
     x, dout = torch.tensor([1.0, 2.0], dtype=torch.float64), torch.tensor([1.0, -0.5], dtype=torch.float64)
     truth = kinked.truth(Double(), (x,), (dout,))
-    assert "contradicts finite differences" in kinked._contradiction(Double(), (x,), (dout,), truth, 0)
+    assert "contradicts finite differences" in _Point(kinked, Double(), (x,), (dout,), 0).contradiction(truth)
     kinked.police(Double(), (x,), (dout,), truth, 0)
 
 

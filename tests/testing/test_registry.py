@@ -50,7 +50,7 @@ def test_a_property_of_your_own_is_one_decorated_function(prop_for_a_test):
         rows.append(min((size for x in s.inputs for size in x.shape), default=1))
         if not all(out.isfinite().all() for out in s.result.outs.values()):
             raise OutputMismatch("out is infinite")
-        judge.note(1)
+        judge.compared(1)
 
     report = check_layer(Double, x="*N", skip={"sensitivity": "elsewhere"})
     assert [p.name for p in report.properties[-2:]] == ["plumbing", "finite"]

@@ -47,7 +47,7 @@ class _Held:
 
     def verify(self, method: str) -> None:
         for name, tensor in self.tensors.items():
-            judge.note(tensor.numel())
+            judge.compared(tensor.numel())
             if not judge.identical(tensor, self.bits[name]):
                 raise ContractError(
                     f"{method} changed {name}, which is not its own: before {judge.describe(self.bits[name])}, "
@@ -136,7 +136,7 @@ def _assert_own_memory(grads: dict[str, Tensor | None], others: dict[str, Tensor
     for name, grad in grads.items():
         if grad is None or not grad.numel():
             continue
-        judge.note(1)
+        judge.compared(1)
         where = grad.untyped_storage().data_ptr()
         if where in owners:
             raise ContractError(
@@ -166,7 +166,7 @@ def _assert_survives_overwriting(what: str, s: Sample) -> None:
         try:
             dx = twin.backward(s.douts if len(s.douts) > 1 else s.douts[0])
         except RuntimeError:
-            judge.note(1)
+            judge.compared(1)
             return
     text = f" when {what} is overwritten between forward and backward (keep what backward needs with push)"
     got = {**subject.named_dx(twin, inputs, dx), **subject.gradients(twin)}

@@ -20,7 +20,7 @@ def _second_run(s: Sample) -> subject.Result:
     with subject.recording(s.seed):
         with torch.no_grad():
             subject.forward(twin, s.inputs)
-        return subject.step(twin, s.other_inputs, s.other_douts)
+        return subject.forward_backward(twin, s.other_inputs, s.other_douts)
 
 
 @prop(2, "accumulation")
@@ -141,7 +141,7 @@ def _assert_refused(twin: Any, s: Sample) -> None:
                 f"a backward without a forward must raise StateError, got {type(error).__name__}: {error}; "
                 "pop() raises it"
             ) from error
-        judge.note(1)
+        judge.compared(1)
     else:
         raise ContractError(
             "a third backward after two forwards was accepted: the record outlives its backward. A backward takes "

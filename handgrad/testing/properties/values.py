@@ -78,7 +78,7 @@ def assert_edges(s: Sample) -> None:
         result = s.result
     except LayerCrash as crash:
         if is_refusal(s.layer, s.inputs, crash):
-            judge.note(1)
+            judge.compared(1)
             return
         raise
     if all(d.numel() == 0 for d in s.douts):
@@ -90,7 +90,7 @@ def assert_edges(s: Sample) -> None:
     for name, value in result.buffers.items():
         if not torch.isfinite(value.double()).all():
             raise OutputMismatch(f"buffer {name} is not finite after forward: {judge.describe(value)}", tensor=name)
-    judge.note(1)
+    judge.compared(1)
 
 
 def is_refusal(layer: Any, inputs: tuple[Any, ...], crash: LayerCrash) -> bool:
