@@ -23,14 +23,14 @@ from handgrad.bench.report import write_json  # noqa: E402  # found by the path 
 from handgrad.testing import Sample, check_loss, subject  # noqa: E402
 from handgrad.testing.check import examples_of  # noqa: E402
 from handgrad.testing.plan import Plan, plan_of  # noqa: E402
-from handgrad.testing.sensitivity import Fault, Faulty, noticed  # noqa: E402
+from handgrad.testing.sensitivity import Faulty, GenericFault, noticed  # noqa: E402
 from tests.mutate import load_cases, quick  # noqa: E402
 
 MEASURED = {"gradients": "P1", "dtypes": "P9", "special": "P11"}
 SIZES = [round(10 ** (-exponent / 2), 12) for exponent in range(2, 21)]  # 0.1 to 1e-10, two a decade
 
 
-def scaled(name: str) -> Fault:
+def scaled(name: str) -> GenericFault:
     """The fault of one gradient times 1 + size."""
 
     def backward(faulty: Faulty, dout: Any, **keywords: Any) -> Any:
@@ -45,7 +45,7 @@ def scaled(name: str) -> Fault:
             grads[name] = grads[name] * (1 + faulty.size)
         return tuple(grads.values()) if isinstance(dx, tuple) else grads["dx"]
 
-    return Fault(f"{name} scaled", "", backward)
+    return GenericFault(f"{name} scaled", "", (), backward)
 
 
 def plan_of_case(case: Any) -> Plan:

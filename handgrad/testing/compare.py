@@ -21,7 +21,7 @@ def compare(layer: Any, module: torch.nn.Module, x: Any, *, steps: int = 3, seed
     the caller's stay as they are, and so does torch's global generator.
 
     x is one input, or a tuple of inputs. Raises OutputMismatch or GradientMismatch with the step and the tensor;
-    OracleError where the module's names or shapes are others.
+    OracleError where the module's names or shapes differ.
 
     >>> from handgrad import BatchNorm1d
     >>> compare(BatchNorm1d(3), torch.nn.BatchNorm1d(3), torch.randn(5, 3))

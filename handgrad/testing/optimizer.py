@@ -34,10 +34,10 @@ def check_optimizer(
     make and reference are called with the parameters and with one value for each of `options` (a list of values or a
     hypothesis strategy). `refuses(values)` says which combinations both of them must refuse with a ValueError.
 
-    Checked over five steps with fresh gradients: every parameter in float64; gradients that are None for some steps, in
-    which the parameter and its state stay; gradients never written to, neither in value nor in version; the same tensor
-    objects throughout; `state_dict` carried over to a new optimizer in the middle; every other parameter group with a
-    learning rate of its own; a learning rate changed between steps, as schedulers do.
+    Checked over five steps with fresh gradients: every parameter in float64; gradients that are None for some steps,
+    which then leave the parameter and its state as they are; gradients never written to, neither in value nor in
+    version; the same tensor objects throughout; `state_dict` carried over to a new optimizer in the middle; every other
+    parameter group with a learning rate of its own; a learning rate changed between steps, as schedulers do.
 
     Returns how many distinct examples were compared. Raises OutputMismatch for a wrong parameter, ContractError for a
     broken rule, VacuousCheck where no parameter ever moved.

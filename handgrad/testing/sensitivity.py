@@ -18,7 +18,7 @@ Method = Callable[..., Any]
 
 
 @dataclass(frozen=True)
-class Fault:
+class GenericFault:
     """One way to spoil any layer: a row of GENERIC_FAULTS.
 
     `forward` and `backward` replace the layer's own. They are called with the Faulty, whose `wrapped_layer` is the
@@ -27,15 +27,15 @@ class Fault:
 
     text: str
     noticed_by: str  # the property that must fail
+    not_where: tuple[str, ...]  # it cannot be planted where one of these holds: keys of NEEDS
     backward: Method | None = None
     forward: Method | None = None
-    not_where: tuple[str, ...] = ()  # it cannot be planted where one of these holds (NEEDS)
 
 
 class Faulty(subject.StandIn):
     """A layer with a fault planted into it; the oracle uses the layer inside."""
 
-    def __init__(self, layer: Any, fault: Fault, size: float) -> None:
+    def __init__(self, layer: Any, fault: GenericFault, size: float) -> None:
         super().__init__(layer)
         self.fault, self.size = fault, size  # size: of a fault that is slight
 
@@ -55,20 +55,22 @@ class Faulty(subject.StandIn):
 # ---------------------------------------------------------------- the ways to be wrong
 
 
-def _each(change: Callable[[Tensor], Tensor], value: Any) -> Any:
+def _each_tensor(change: Callable[[Tensor], Tensor], value: Any) -> Any:
     """One tensor, or those of a tuple, changed."""
     changed = tuple(change(t) if isinstance(t, Tensor) else t for t in subject.as_tuple(value))
     return changed if isinstance(value, tuple) else changed[0]
 
 
-def _dx(change: Callable[[Tensor, float], Tensor]) -> Method:
+def _new_dx(change: Callable[[Tensor, float], Tensor]) -> Method:
     """Change what backward returns; `change` is also told the size of a slight fault."""
-    return lambda f, dout, **keywords: _each(lambda t: change(t, f.size), f.wrapped_layer.backward(dout, **keywords))
+    return lambda f, dout, **keywords: _each_tensor(
+        lambda t: change(t, f.size), f.wrapped_layer.backward(dout, **keywords)
+    )
 
 
-def _dout(change: Callable[[Tensor], Tensor]) -> Method:
+def _new_dout(change: Callable[[Tensor], Tensor]) -> Method:
     """Change dout before backward sees it."""
-    return lambda f, dout, **keywords: f.wrapped_layer.backward(_each(change, dout), **keywords)
+    return lambda f, dout, **keywords: f.wrapped_layer.backward(_each_tensor(change, dout), **keywords)
 
 
 def _afterwards(spoil: Callable[[Faulty, tuple[Tensor, ...]], None]) -> Method:
@@ -157,7 +159,7 @@ def _always_training(f: Faulty, *inputs: Any) -> Any:
 
 
 def _scaled_out(f: Faulty, *inputs: Any) -> Any:
-    return _each(lambda out: out * (1 + 1e-6), f.wrapped_layer.forward(*inputs))
+    return _each_tensor(lambda out: out * (1 + 1e-6), f.wrapped_layer.forward(*inputs))
 
 
 # ---------------------------------------------------------------- which layers can have them
@@ -196,24 +198,24 @@ NO_REFERENCE = ("only reference= or module= says what out must be",)
 
 # fmt: off
 GENERIC_FAULTS = (
-    Fault("dx slightly scaled", "gradients", _dx(lambda dx, size: dx * (1 + size)), not_where=NO_DX),
-    Fault("the largest element of dx set to zero", "gradients", _dx(_largest_zeroed), not_where=NO_DX),
-    Fault("dx with one dimension more", "gradients", _dx(lambda dx, size: dx.unsqueeze(0)), not_where=NO_DX),
-    Fault("dx in float32", "gradients", _dx(lambda dx, size: dx.to(torch.float32)), not_where=NO_DX),
-    Fault("1e-6 added to dx", "linearity", _dx(lambda dx, size: dx + 1e-6), not_where=NO_DX),
-    Fault("parameter gradients slightly scaled", "gradients", _afterwards(_scale_grads), not_where=NO_PARAMETERS),
-    Fault("the last parameter's gradient not written", "gradients", _afterwards(_drop_last), not_where=NO_PARAMETERS),
-    Fault("gradients overwritten, not added to", "accumulation", _overwrite_gradients, not_where=NO_PARAMETERS),
-    Fault("a gradient that shares memory with dout", "aliasing", _afterwards(_share_last), not_where=NO_PARAMETERS),
-    Fault("dout replaced by ones", "gradients", _dout(torch.ones_like)),
-    Fault("dout multiplied in place", "ownership", _afterwards(_write_douts)),
-    Fault("x written to in forward", "ownership", forward=_write_x),
-    Fault("dout read as if it were contiguous", "layouts", _dout(_misread), not_where=LONE_DOUT),
-    Fault("a record of one slot: each forward overwrites it", "reuse", _of_latest, _keep_latest),
-    Fault("random numbers drawn anew in backward", "rng", _dx(lambda dx, size: dx * torch.rand(())), not_where=NO_DX),
-    Fault("the training path taken in eval()", "modes", forward=_always_training, not_where=NO_MODES),
-    Fault("buffers never updated", "state", forward=_without_learning, not_where=NO_LEARNING),
-    Fault("out times 1 + 1e-6", "state", forward=_scaled_out, not_where=NO_REFERENCE),
+    GenericFault("dx slightly scaled", "gradients", NO_DX, _new_dx(lambda dx, size: dx * (1 + size))),
+    GenericFault("the largest element of dx set to zero", "gradients", NO_DX, _new_dx(_largest_zeroed)),
+    GenericFault("dx with one dimension more", "gradients", NO_DX, _new_dx(lambda dx, size: dx.unsqueeze(0))),
+    GenericFault("dx in float32", "gradients", NO_DX, _new_dx(lambda dx, size: dx.to(torch.float32))),
+    GenericFault("1e-6 added to dx", "linearity", NO_DX, _new_dx(lambda dx, size: dx + 1e-6)),
+    GenericFault("parameter gradients slightly scaled", "gradients", NO_PARAMETERS, _afterwards(_scale_grads)),
+    GenericFault("the last parameter's gradient not written", "gradients", NO_PARAMETERS, _afterwards(_drop_last)),
+    GenericFault("gradients overwritten, not added to", "accumulation", NO_PARAMETERS, _overwrite_gradients),
+    GenericFault("a gradient that shares memory with dout", "aliasing", NO_PARAMETERS, _afterwards(_share_last)),
+    GenericFault("dout replaced by ones", "gradients", (), _new_dout(torch.ones_like)),
+    GenericFault("dout multiplied in place", "ownership", (), _afterwards(_write_douts)),
+    GenericFault("x written to in forward", "ownership", (), forward=_write_x),
+    GenericFault("dout read as if it were contiguous", "layouts", LONE_DOUT, _new_dout(_misread)),
+    GenericFault("a record of one slot: each forward overwrites it", "reuse", (), _of_latest, _keep_latest),
+    GenericFault("random numbers drawn anew in backward", "rng", NO_DX, _new_dx(lambda dx, size: dx * torch.rand(()))),
+    GenericFault("the training path taken in eval()", "modes", NO_MODES, forward=_always_training),
+    GenericFault("buffers never updated", "state", NO_LEARNING, forward=_without_learning),
+    GenericFault("out times 1 + 1e-6", "state", NO_REFERENCE, forward=_scaled_out),
 )
 # fmt: on
 
@@ -233,7 +235,7 @@ def plant(kept: Mapping[str, list[Sample]], skip: Mapping[str, str]) -> dict[str
     return fates
 
 
-def _fate(fault: Fault, kept: Mapping[str, list[Sample]], skip: Mapping[str, str]) -> str:
+def _fate(fault: GenericFault, kept: Mapping[str, list[Sample]], skip: Mapping[str, str]) -> str:
     """What became of a fault; empty where it went unnoticed."""
     name = fault.noticed_by
     if name in skip:
@@ -251,7 +253,7 @@ def _fate(fault: Fault, kept: Mapping[str, list[Sample]], skip: Mapping[str, str
     return "" if tried else f"does not apply: {reason}"
 
 
-def noticed(fault: Fault, sample: Sample, name: str, size: float | None = None) -> bool:
+def noticed(fault: GenericFault, sample: Sample, name: str, size: float | None = None) -> bool:
     """Whether the property fails on this example once the fault, of that size, is planted."""
     try:
         if size is None:  # finite differences judge less sharply

@@ -15,7 +15,7 @@ from handgrad.testing import subject
 
 @dataclass(frozen=True)
 class Row:
-    """One tensor: is the hand-written gradient bitwise autograd's, is it so up to rounding, how far is it off."""
+    """One tensor: is the hand-written gradient bitwise autograd's, is it equal up to rounding, how far is it off."""
 
     name: str
     exact: bool

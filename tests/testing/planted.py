@@ -19,7 +19,7 @@ from tests.cases import CASES, OPTIMIZERS
 from tests.mutate import first_failure, quick
 from tests.testing.faults import PLANTED, Fault
 
-METHODS = ("handgrad", "y.sum()", "random dout", "gradcheck")
+CHECKERS = ("handgrad", "y.sum()", "random dout", "gradcheck")
 COMPARED = {hg.Linear, hg.Embedding, hg.Flatten, hg.Tanh, hg.BatchNorm1d, hg.CrossEntropy, hg.Sequential, hg.SGD}
 
 
@@ -107,21 +107,21 @@ def gradcheck(fault: Fault) -> bool:
 def row(fault: Fault) -> dict[str, str]:
     """The fault and who notices it."""
     if fault.layer is hg.SGD:
-        others = dict.fromkeys(METHODS[1:], "not made for it")
+        others = dict.fromkeys(CHECKERS[1:], "not made for it")
     else:
         generator = torch.Generator().manual_seed(1)
         random = lambda out: torch.randn(out.shape, generator=generator, dtype=out.dtype)  # noqa: E731
         found = (one_pass(fault, torch.ones_like), one_pass(fault, random), gradcheck(fault))
-        others = {method: "noticed" if yes else "missed" for method, yes in zip(METHODS[1:], found)}
+        others = {method: "noticed" if yes else "missed" for method, yes in zip(CHECKERS[1:], found)}
     return {"layer": fault.layer.__name__, "fault": fault.name, "handgrad": noticed_by(fault) or "missed", **others}
 
 
 def table(rows: list[dict[str, str]]) -> str:
     """The rows in markdown, and how many faults each method misses."""
-    lines = ["| layer | fault | " + " | ".join(METHODS) + " |", "| --- " * (2 + len(METHODS)) + "|"]
-    lines += [f"| {r['layer']} | {r['fault']} | " + " | ".join(r[m] for m in METHODS) + " |" for r in rows]
+    lines = ["| layer | fault | " + " | ".join(CHECKERS) + " |", "| --- " * (2 + len(CHECKERS)) + "|"]
+    lines += [f"| {r['layer']} | {r['fault']} | " + " | ".join(r[m] for m in CHECKERS) + " |" for r in rows]
     counted = [r for r in rows if r["layer"] != "SGD"]
-    totals = [f"{sum(r[m] == 'missed' for r in counted)} of {len(counted)}" for m in METHODS]
+    totals = [f"{sum(r[m] == 'missed' for r in counted)} of {len(counted)}" for m in CHECKERS]
     lines.append("| | **missed, of the faults in layers** | " + " | ".join(totals) + " |")
     return "\n".join(lines) + "\n"
 
