@@ -61,8 +61,8 @@ _NEED_HYPOTHESIS = {
 
 def __getattr__(name: str) -> Any:
     """`assert_<name>` of every registered property, and what needs hypothesis."""
-    if name.removeprefix("assert_") in PROPERTIES and name.startswith("assert_"):
-        return PROPERTIES[name.removeprefix("assert_")].public
+    if name.startswith("assert_") and name[len("assert_") :] in PROPERTIES:
+        return PROPERTIES[name[len("assert_") :]].public
     if name not in _NEED_HYPOTHESIS:
         raise AttributeError(f"module 'handgrad.testing' has no attribute {name!r}")
     try:

@@ -94,7 +94,7 @@ def _special(s: Sample, got: Tensor, want: Tensor) -> Iterator[Hint]:
 
 def _exchanged(s: Sample, name: str, got: Tensor, want: Tensor) -> Iterator[Hint]:
     """Whether it is another tensor's gradient."""
-    for other, grad in s.truth.result.grads.items():
+    for other, grad in s.truth.grads.items():
         if other == name or grad is None or judge.largest(grad) == 0:
             continue
         if _close(got, grad) and not _close(want, grad):
@@ -189,7 +189,7 @@ def _last_use(s: Sample, details: dict[str, Any]) -> Iterator[Hint]:
     """With equal indices, whether only their last use arrived."""
     integers = [x for x in s.inputs if not x.is_floating_point() and x.dtype is not torch.bool]
     name, got = details["tensor"], details["got"]
-    if not integers or len(s.douts) != 1 or name not in s.truth.result.grads:
+    if not integers or len(s.douts) != 1 or name not in s.truth.grads:
         return
     x, dout = integers[0], s.douts[0]
     if dout.shape[: x.dim()] != x.shape:
@@ -197,7 +197,7 @@ def _last_use(s: Sample, details: dict[str, Any]) -> Iterator[Hint]:
     flat, rows = x.flatten(), dout.reshape(x.numel(), -1)
     last = torch.tensor([bool((flat[i + 1 :] != flat[i]).all()) for i in range(len(flat))])
     only_last = (rows * last.unsqueeze(1)).view(dout.shape)
-    truth = s.oracle.truth(s.layer, s.inputs, (only_last,), s.seed).result.grads[name]
+    truth = s.oracle.truth(s.layer, s.inputs, (only_last,), s.seed).grads[name]
     if truth is not None and _close(got, truth):
         yield Hint("of equal indices only the last one arrived: add them up (index_add_), do not assign")
 
@@ -223,7 +223,7 @@ def _passes_when(s: Sample, details: dict[str, Any]) -> Iterator[Hint]:
             subject.parameters(twin)[name].fill_(value)
             try:
                 other = s.with_layer(twin)
-                got, want = other.result.grads[details["tensor"]], other.truth.result.grads[details["tensor"]]
+                got, want = other.result.grads[details["tensor"]], other.truth.grads[details["tensor"]]
             except (CheckFailure, KeyError):
                 continue
             if got is not None and want is not None and judge.largest(want) > 0 and _close(got, want):

@@ -26,12 +26,11 @@ STEP = 1e-5  # times max(1, |x|): the rounding of f / h and the error h^2 f''' a
 Call = Callable[..., tuple[Tensor, ...]]
 
 
-@dataclass(frozen=True)
-class Truth:
+@dataclass
+class Truth(subject.Result):
     """The right outputs, gradients and buffers, and who says so."""
 
-    result: subject.Result
-    source: str
+    source: str = ""
     uncertainty: dict[str, Tensor] = field(default_factory=dict)  # of finite differences, by gradient
 
     def limit(self, share: float, floor: judge.Floor) -> judge.Limit:
@@ -135,11 +134,9 @@ class _Point:
     def truth(self) -> Truth:
         """What autograd says, or else finite differences."""
         found = None if self.oracle.differences else self.autograd()
-        if found is None:
-            return self.differences()
-        return Truth(found, "reference" if self.oracle.independent else "autograd through forward")
+        return self.differences() if found is None else found
 
-    def autograd(self) -> subject.Result | None:
+    def autograd(self) -> Truth | None:
         """What autograd says, or None where forward leaves it nothing to follow."""
         independent = self.oracle.independent
         inputs = subject.differentiable(self.layer, self.inputs)
@@ -168,8 +165,9 @@ class _Point:
         for name, leaf in leaves.items():
             found[name] = torch.zeros_like(leaf) if found[name] is None else found[name]
         kept = {n: found.get(n) for n in [*leaves, *subject.parameters(self.layer)]}
-        outs = tuple(o.detach() for o in outs)
-        return subject.Result(subject.named("out", outs), kept, subject.copies(subject.buffers(owner)))
+        named = subject.named("out", tuple(o.detach() for o in outs))
+        source = "reference" if independent else "autograd through forward"
+        return Truth(named, kept, subject.copies(subject.buffers(owner)), source)
 
     def _check_shapes(self, outs: tuple[Tensor, ...]) -> None:
         theirs, ours = [tuple(o.shape) for o in outs], [tuple(d.shape) for d in self.douts]
@@ -197,13 +195,12 @@ class _Point:
         call, owner = self.oracle.bind(self.layer)
         with subject.private_rng(self.seed), torch.no_grad():
             outs = subject.named("out", call(*self.inputs))
-        result = subject.Result(outs, grads, subject.copies(subject.buffers(owner)))
-        return Truth(result, "finite differences", uncertain)
+        return Truth(outs, grads, subject.copies(subject.buffers(owner)), "finite differences", uncertain)
 
     def contradiction(self, truth: Truth) -> str:
         """What finite differences say against the truth; nothing where they agree."""
         generator = torch.Generator().manual_seed(self.seed + 1)
-        grads = {k: g for k, g in truth.result.grads.items() if g is not None}
+        grads = {k: g for k, g in truth.grads.items() if g is not None}
         for _ in range(DIRECTIONS):
             direction = {
                 k: torch.randn(v.shape, generator=generator, dtype=v.dtype) * v.abs().clamp(min=1)

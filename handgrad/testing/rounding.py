@@ -68,8 +68,8 @@ def judged_by_noise(s: Sample) -> Sample:
             noise |= {n: max(noise.get(n, 0.0), FINER * e) for n, e in oracle_error(s, example)[1].items()}
     for factor in (0.7, 1.1, 1.3):
         douts = tuple(factor * d for d in s.douts)
-        grads = s.oracle.truth(s.layer, s.inputs, douts, s.seed).result.grads
-        for n, g in s.truth.result.grads.items():
+        grads = s.oracle.truth(s.layer, s.inputs, douts, s.seed).grads
+        for n, g in s.truth.grads.items():
             other = grads.get(n)
             if g is not None and other is not None:
                 noise[n] = max(noise.get(n, 0.0), judge.largest(other / factor - g))
@@ -105,8 +105,8 @@ def oracle_error(s: Sample, example: Example) -> tuple[Truth, dict[str, float]]:
     truth = s.oracle.truth(exactly, _cast(inputs, torch.float64), _cast(douts, torch.float64), s.seed)
     if truth.source == "finite differences":
         return truth, {}
-    rounded = s.oracle.truth(layer, inputs, douts, s.seed).result
-    exact = {**truth.result.outs, **truth.result.grads}
+    rounded = s.oracle.truth(layer, inputs, douts, s.seed)
+    exact = {**truth.outs, **truth.grads}
     errors = {n: (t, exact[n]) for n, t in {**rounded.outs, **rounded.grads}.items()}
     return truth, {n: judge.largest(t.to(w) - w) for n, (t, w) in errors.items() if t is not None and w is not None}
 

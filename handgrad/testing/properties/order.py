@@ -175,8 +175,8 @@ def assert_modes(s: Sample) -> None:
     truth = s.oracle.truth(trained, s.other_inputs, s.other_douts, s.seed)
     limit = truth.limit(judge.AGAINST_ORACLE, s.floor)
     text = " in eval(), with a training forward still waiting"
-    judge.judge(ours, truth.result.outs, limit, text, OutputMismatch)
-    judge.judge({**dx, **subject.gradients(twin)}, truth.result.grads, limit, text)
+    judge.judge(ours, truth.outs, limit, text, OutputMismatch)
+    judge.judge({**dx, **subject.gradients(twin)}, truth.grads, limit, text)
     subject.zero_grad(twin)
     dx = subject.backward(twin, s.inputs, s.douts)
     text = " of a training forward whose backward comes in eval()"

@@ -50,7 +50,7 @@ def assert_gradients(s: Sample) -> None:
 
 
 def _assert_true(s: Sample) -> None:
-    judge.judge(s.result.grads, s.truth.result.grads, s.truth.limit(judge.AGAINST_ORACLE, s.floor))
+    judge.judge(s.result.grads, s.truth.grads, s.truth.limit(judge.AGAINST_ORACLE, s.floor))
 
 
 @prop(6, "linearity")
@@ -123,7 +123,7 @@ def assert_dtypes(s: Sample) -> None:
         if tensor is not None and tensor.is_floating_point() and tensor.dtype is not wanted:
             raise ContractError(f"{name} is {tensor.dtype} in a layer of {wanted}", tensor=name)
     truth, error = rounding.oracle_error(s, example)
-    want = {**truth.result.outs, **truth.result.grads}
+    want = {**truth.outs, **truth.grads}
     ours = _each(lambda t: t.to(torch.float64), {**got.outs, **got.grads})
     text = " in float32 (allowed: 4 times autograd's own float32 error + 16 eps)"
     # An out may be what is left of larger numbers, which the oracle may have added up in another, luckier order; and a
@@ -131,7 +131,7 @@ def assert_dtypes(s: Sample) -> None:
     size = max(map(judge.largest, (*inputs, *subject.parameters(layer).values())), default=0.0)
 
     def floor(name: str) -> float:
-        return size if name in truth.result.outs else SATURATED * s.floor(name)
+        return size if name in truth.outs else SATURATED * s.floor(name)
 
     try:
         judge.judge(ours, want, rounding.float32_limit(error, floor), text)
@@ -178,7 +178,7 @@ def assert_special(s: Sample) -> None:
 
     Judged element by element: 1e-9 of the element, plus 1e-12 of the tensor's scale for cancellation.
     """
-    want = _each(Tensor.clone, s.truth.result.grads)
+    want = _each(Tensor.clone, s.truth.grads)
     if s.kinks:
         x, dout, dx = s.inputs[0], s.douts[0], want.get("dx")  # one of several inputs has another name
         if dx is None or x.shape != dout.shape:
