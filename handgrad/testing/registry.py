@@ -19,13 +19,13 @@ class NotApplicable(Exception):  # noqa: N818  # a finding about the layer, not 
 
 @dataclass(frozen=True)
 class Property:
-    """A property that every right layer has. The fields are the arguments of `prop`, which makes it."""
+    """A property that every right layer has, as `prop` registers it."""
 
     number: int
     name: str
-    says: str
+    says: str  # in one sentence
     check: Callable[[Sample], None]
-    public: Callable[..., None]
+    public: Callable[..., None]  # `check` of a Sample, or of a layer and its input
     examples: int
     first: bool
     draws: str
@@ -48,7 +48,7 @@ def prop(
     number      how reports call it, and its place in the order: P15 and more are free.
     name        what `skip=` and `--reproduce` call it; `handgrad.testing.assert_<name>` finds it.
     examples    how many, at hypothesis' default of max_examples=100; profiles scale it.
-    first       before all others: without it, they may speak nonsense.
+    first       whether it is checked before the others, because their verdicts mean nothing where it fails.
     draws       "ordinary" sizes and values; "edges" for sizes of 0 and 1; "special" for zeros, kinks, values far out.
 
     The function compares with `judge.judge`, which raises GradientMismatch or OutputMismatch. Or it raises one of them
@@ -82,13 +82,14 @@ def prop(
         def public(layer: Any, *args: Any, **keywords: Any) -> None:
             check(layer if isinstance(layer, Sample) and not args else sample_of(layer, *args, **keywords))
 
-        taken = [p for p in PROPERTIES.values() if name == p.name or number == p.number]
-        here = (function.__module__, function.__qualname__)
-        if taken and (taken[0].public.__module__, taken[0].public.__qualname__) != here:  # else it is defined anew
-            raise ArgumentError(
-                f"prop: {number} {name!r} is taken by P{taken[0].number} {taken[0].name}; choose another number and "
-                f"name, or take that one out first: del PROPERTIES[{taken[0].name!r}]"
-            )
+        for old in list(PROPERTIES.values()):
+            if (old.public.__module__, old.public.__qualname__) == (function.__module__, function.__qualname__):
+                del PROPERTIES[old.name]  # the same function, defined anew
+            elif name == old.name or number == old.number:
+                raise ArgumentError(
+                    f"prop: {number} {name!r} is taken by P{old.number} {old.name}; choose another number and name, "
+                    f"or take that one out first: del PROPERTIES[{old.name!r}]"
+                )
         says = (function.__doc__ or "").strip().split("\n")[0]
         PROPERTIES[name] = Property(number, name, says, check, public, examples, first, draws)
         return public

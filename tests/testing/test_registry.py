@@ -114,5 +114,6 @@ def test_a_number_or_name_that_is_taken_is_refused(prop_for_a_test):
 
     define("first")
     define("second")
+    assert [p.name for p in PROPERTIES.values() if p.number > 14] == ["mine"]
     report = check_layer(Double, x="*N", skip={"sensitivity": "elsewhere"})
     assert report.properties[-1].note == "does not apply: second"

@@ -74,7 +74,7 @@ def assert_layouts(s: Sample) -> None:
 
 
 def _assert_any_layout(s: Sample, what: str, i: int, expanded: dict[str, Tensor]) -> None:
-    """One x or dout in every layout; and what `expanded` holds beside the same without strides of 0."""
+    """One x or dout in every layout beside a contiguous one; and each of `expanded` beside its contiguous copy."""
     given = s.inputs if what == "x" else s.douts
 
     def run(t: Tensor) -> subject.Result:
