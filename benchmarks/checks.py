@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from handgrad.bench.report import write_json  # noqa: E402  # found by the path above
-from handgrad.testing.mutate import load_cases  # noqa: E402
+from tests.mutate import load_cases  # noqa: E402
 
 
 def main() -> int:

@@ -20,38 +20,32 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from handgrad.bench.report import write_json  # noqa: E402  # found by the path above
-from handgrad.testing import CheckError, CheckFailure, calls, check_loss, subject  # noqa: E402
+from handgrad.testing import Sample, check_loss, subject  # noqa: E402
 from handgrad.testing.check import examples_of  # noqa: E402
-from handgrad.testing.mutate import load_cases, quick  # noqa: E402
 from handgrad.testing.plan import Plan, plan_of  # noqa: E402
-from handgrad.testing.sample import PROPERTIES, NotApplicable, Sample  # noqa: E402
-from handgrad.testing.sensitivity import Faulty  # noqa: E402
+from handgrad.testing.sensitivity import Faulty, GenericFault, noticed  # noqa: E402
+from tests.mutate import load_cases, quick  # noqa: E402
 
 MEASURED = {"gradients": "P1", "dtypes": "P9", "special": "P11"}
 SIZES = [round(10 ** (-exponent / 2), 12) for exponent in range(2, 21)]  # 0.1 to 1e-10, two a decade
 
 
-class Scaled(Faulty):
-    """A layer with one gradient times 1 + size."""
+def scaled(name: str) -> GenericFault:
+    """The fault of one gradient times 1 + size."""
 
-    fault = "one gradient scaled"
-
-    def __init__(self, layer: Any, name: str, size: float) -> None:
-        super().__init__(layer)
-        self.name, self.size = name, size
-
-    def backward(self, dout: Any, **keywords: Any) -> Any:
-        """The layer's backward, and the fault."""
-        dx = super().backward(dout, **keywords)
-        parameter = subject.parameters(self).get(self.name)
+    def backward(faulty: Faulty, dout: Any, **keywords: Any) -> Any:
+        dx = faulty.wrapped_layer.backward(dout, **keywords)
+        parameter = subject.parameters(faulty).get(name)
         if parameter is not None:
             if parameter.grad is not None:
-                parameter.grad.mul_(1 + self.size)
+                parameter.grad.mul_(1 + faulty.size)
             return dx
-        grads = calls.named("dx", subject.as_tuple(dx))
-        if isinstance(grads.get(self.name), Tensor):  # None where dx was declined
-            grads[self.name] = grads[self.name] * (1 + self.size)
+        grads = subject.named("dx", subject.as_tuple(dx))
+        if isinstance(grads.get(name), Tensor):  # None where dx was declined
+            grads[name] = grads[name] * (1 + faulty.size)
         return tuple(grads.values()) if isinstance(dx, tuple) else grads["dx"]
+
+    return GenericFault(f"{name} scaled", "", (), backward)
 
 
 def plan_of_case(case: Any) -> Plan:
@@ -66,24 +60,13 @@ def smallest(name: str, drawn: list[Sample], gradient: str) -> float | None:
     """The smallest factor's eps that the property notices in one of the examples; None where it misses all."""
     found, watchful = None, list(drawn)
     for size in SIZES:
-        seen = next((s for s in watchful if notices(name, s, gradient, size)), None)
+        seen = next((s for s in watchful if noticed(scaled(gradient), s, name, size)), None)
         if seen is None:
             break
         watchful.remove(seen)
         watchful.insert(0, seen)  # the next size is tried on it first
         found = size
     return found
-
-
-def notices(name: str, sample: Sample, gradient: str, size: float) -> bool:
-    """Whether the property fails on this example once the fault is planted."""
-    try:
-        PROPERTIES[name].check(sample.with_layer(Scaled(sample.copy(), gradient, size)))
-    except CheckFailure:
-        return True
-    except (CheckError, NotApplicable):
-        return False
-    return False
 
 
 def gradients_of(sample: Sample) -> list[str]:

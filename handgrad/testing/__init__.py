@@ -1,4 +1,24 @@
-"""Proof that a hand-written backward is right: one line a layer.
+"""Proof that a hand-written backward is right: one line per layer.
+
+Which file answers which question, in the order of a check:
+
+==================  =================================================================================
+`check`             how one line checks a layer, and what its arguments mean
+`plan`, `strategies`  what is drawn, and how: sizes, parameters, inputs, douts
+`sample`            what one drawn example is
+`subject`           what a layer is to the checks: its tensors, its copies, its calls
+`oracle`            where the right gradients come from
+`judge`             when two tensors agree
+`rounding`          how much of a difference is only rounding
+`registry`          what a property is, and how to add one of your own
+`properties/`       the fourteen properties: `values`, `order` of calls, `memory`
+`sensitivity`       would the check have noticed a fault
+`report`, `hints`   what a check says: its table, a failure's text, a guess at the mistake
+`errors`            what a check raises
+`optimizer`         the same for an optimizer's step
+`compare`, `table`  a layer beside a torch module; all gradients of one training step
+`__main__`          the command line
+==================  =================================================================================
 
 `gradient_table` and `compare` need torch alone; the rest needs hypothesis (`pip install "handgrad[testing]"`), and is
 imported when it is first used.
@@ -9,6 +29,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from handgrad.testing import properties  # noqa: F401  # registers the fourteen
 from handgrad.testing.compare import compare
 from handgrad.testing.errors import (
     CheckError,
@@ -21,22 +42,8 @@ from handgrad.testing.errors import (
     VacuousCheck,
 )
 from handgrad.testing.plan import SYNTAX
-from handgrad.testing.properties import (
-    assert_accumulation,
-    assert_aliasing,
-    assert_dtypes,
-    assert_edges,
-    assert_gradients,
-    assert_layouts,
-    assert_linearity,
-    assert_modes,
-    assert_ownership,
-    assert_plumbing,
-    assert_reuse,
-    assert_rng,
-    assert_special,
-    assert_state,
-)
+from handgrad.testing.registry import PROPERTIES, NotApplicable, prop
+from handgrad.testing.sample import Sample
 from handgrad.testing.table import GradientTable, gradient_table
 
 if TYPE_CHECKING:
@@ -53,6 +60,9 @@ _NEED_HYPOTHESIS = {
 
 
 def __getattr__(name: str) -> Any:
+    """`assert_<name>` of every registered property, and what needs hypothesis."""
+    if name.startswith("assert_") and name[len("assert_") :] in PROPERTIES:
+        return PROPERTIES[name[len("assert_") :]].public
     if name not in _NEED_HYPOTHESIS:
         raise AttributeError(f"module 'handgrad.testing' has no attribute {name!r}")
     try:
@@ -64,6 +74,7 @@ def __getattr__(name: str) -> Any:
 
 
 __all__ = [
+    "PROPERTIES",
     "SYNTAX",
     "CheckError",
     "CheckFailure",
@@ -71,27 +82,17 @@ __all__ = [
     "GradientMismatch",
     "GradientTable",
     "LayerCrash",
+    "NotApplicable",
     "OracleError",
     "OutputMismatch",
+    "Sample",
     "VacuousCheck",
-    "assert_accumulation",
-    "assert_aliasing",
-    "assert_dtypes",
-    "assert_edges",
-    "assert_gradients",
-    "assert_layouts",
-    "assert_linearity",
-    "assert_modes",
-    "assert_ownership",
-    "assert_plumbing",
-    "assert_reuse",
-    "assert_rng",
-    "assert_special",
-    "assert_state",
     "check_layer",
     "check_loss",
     "check_optimizer",
     "compare",
     "gradient_table",
+    "prop",
     "strategies",
+    *(f"assert_{name}" for name in PROPERTIES),
 ]

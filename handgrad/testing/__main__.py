@@ -48,10 +48,10 @@ def main(arguments: list[str] | None = None) -> int:
     sys.path.insert(0, "")
     try:
         what: dict[str, Any] = {
-            "options": {name: [_value(v) for v in values.split(",")] for name, values in map(_pair, given.set)},
+            "options": {name: [_parsed(v) for v in values.split(",")] for name, values in map(_pair, given.set)},
             "sizes": {name: tuple(map(int, ends.split(","))) for name, ends in map(_pair, given.sizes)},
             "ranges": {name: tuple(map(float, ends.split(","))) for name, ends in map(_pair, given.ranges)},
-            "kinks": {float(x): _value(slope) for x, slope in map(_pair, given.kinks)},
+            "kinks": {float(x): _parsed(slope) for x, slope in map(_pair, given.kinks)},
             "distinct": given.distinct,
             "skip": dict(map(_pair, given.skip)),
             "module": given.module and _load(given.module),
@@ -94,7 +94,7 @@ def _pair(text: str) -> tuple[str, str]:
     return name, value
 
 
-def _value(text: str) -> Any:
+def _parsed(text: str) -> Any:
     """A number or True, False, None; else the text itself."""
     words: dict[str, Any] = {"True": True, "False": False, "None": None}
     if text in words:

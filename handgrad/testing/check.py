@@ -20,14 +20,12 @@ from handgrad.testing import judge, subject
 from handgrad.testing.errors import CheckError, CheckFailure, ContractError, LayerCrash, OracleError, VacuousCheck
 from handgrad.testing.plan import Plan, plan_of
 from handgrad.testing.properties.values import is_refusal
+from handgrad.testing.registry import PROPERTIES, NotApplicable, Property, in_order
 from handgrad.testing.report import PropertyReport, Report, example, failure_text
-from handgrad.testing.sample import PROPERTIES, NotApplicable, Sample
+from handgrad.testing.sample import Sample
 from handgrad.testing.sensitivity import plant
 from handgrad.testing.strategies import samples
 
-# Examples of each property at hypothesis' default of max_examples=100; profiles scale them.
-EXAMPLES = {"gradients": 60, "edges": 25, "special": 30, "dtypes": 25, "layouts": 6, "plumbing": 5}
-OTHERS = 15
 PHASES = (Phase.explicit, Phase.generate, Phase.shrink)  # of those that the profile has
 KEPT = 12  # samples of a property that the planted faults are tried on
 RICH = 4  # failing samples that hints are sought in, beside the smallest
@@ -49,11 +47,11 @@ def check_layer(
     examples: int | None = None,
     reproduce: str | None = None,
 ) -> Report:
-    """Prove a layer's backward: draw sizes, parameters, inputs and douts, and check every property P1 to P14.
+    """Prove a layer's backward: draw sizes, parameters, inputs and douts, and check every registered property.
 
     make        the class or a function that makes the layer. Its arguments are sizes (names that x mentions, or any
                 capitalised name) and options.
-    x           the input, or a list with one entry for each input of forward (a tuple of entries where that input is
+    x           the input, or a list with one entry per input of forward (a tuple of entries where that input is
                 a tuple), by its dimensions: ``"*N D"`` any number
                 of leading dimensions and one of size D, ``"N T < V"`` integers below V; `handgrad.testing.SYNTAX`.
     options     values, or hypothesis strategies, for other arguments of make: ``{"bias": [True, False]}``.
@@ -114,10 +112,10 @@ def check_loss(make: Callable[..., Any], x: str, target: str, **what: Any) -> Re
 def check_plan(plan: Plan, skip: Mapping[str, str], examples: int | None, reproduce: str | None) -> Report:
     """`check_layer` of a Plan."""
     __tracebackhide__ = True
+    known = [*(p.name for p in in_order()), "sensitivity", "differences"]
     for name, reason in skip.items():
-        if name not in (*PROPERTIES, "sensitivity", "differences"):
-            known = ", ".join([*PROPERTIES, "sensitivity", "differences"])
-            raise ArgumentError(f"skip: no property {name!r}; there are {known}")
+        if name not in known:
+            raise ArgumentError(f"skip: no property {name!r}; there are {', '.join(known)}")
         if not reason.strip():
             raise ArgumentError(f"skip: {name} needs a reason, which the report prints")
     chosen = re.fullmatch(r"(\w+) (\S+)", reproduce) if reproduce else None
@@ -125,17 +123,14 @@ def check_plan(plan: Plan, skip: Mapping[str, str], examples: int | None, reprod
         raise ArgumentError(f"reproduce must be what a failure printed, got {reproduce!r}")
     report = Report(getattr(plan.make, "__name__", "layer"))
     kept: dict[str, list[Sample]] = {}
-    # Ownership early: a layer that writes into what is not its own would make the other properties speak nonsense.
-    for name in sorted(PROPERTIES, key=lambda n: (n not in ("gradients", "ownership"), PROPERTIES[n].number)):
-        if chosen is not None and name != chosen[1]:
+    for prop in in_order() if chosen is None else [PROPERTIES[chosen[1]]]:
+        if prop.name in skip:
+            report.properties.append(PropertyReport(prop.name, note=f"skipped: {skip[prop.name]}"))
             continue
-        if name in skip:
-            report.properties.append(PropertyReport(name, note=f"skipped: {skip[name]}"))
-            continue
-        runner = _Runner(plan, name, examples, chosen[2] if chosen else None, "differences" not in skip)
+        runner = _Runner(plan, prop, examples, chosen[2] if chosen else None, "differences" not in skip)
         report.properties.append(runner.run())
-        kept[name] = runner.kept
-        if runner.first is not None and name == "gradients":
+        kept[prop.name] = runner.kept
+        if runner.first is not None and prop.name == "gradients":
             report.subject = type(subject.unwrap(runner.first.layer)).__name__
             report.oracle = runner.first.truth.source
     if chosen is None and "sensitivity" not in skip:
@@ -147,7 +142,7 @@ def check_plan(plan: Plan, skip: Mapping[str, str], examples: int | None, reprod
 
 def examples_of(plan: Plan, name: str) -> list[Sample]:
     """Some examples in which the property holds."""
-    runner = _Runner(plan, name, None, None, False)
+    runner = _Runner(plan, PROPERTIES[name], None, None, False)
     runner.run()
     return runner.kept
 
@@ -155,18 +150,18 @@ def examples_of(plan: Plan, name: str) -> list[Sample]:
 class _Runner:
     """One property, run by hypothesis."""
 
-    def __init__(self, plan: Plan, name: str, examples: int | None, blob: str | None, policed: bool) -> None:
-        self.plan, self.name, self.blob, self.policed = plan, name, blob, policed
-        self.report = PropertyReport(name)
+    def __init__(self, plan: Plan, prop: Property, examples: int | None, blob: str | None, policed: bool) -> None:
+        self.plan, self.prop, self.name, self.blob, self.policed = plan, prop, prop.name, blob, policed
+        self.report = PropertyReport(prop.name)
         self.kept: list[Sample] = []
         self.first: Sample | None = None
         self.keys: set[int] = set()
         self.failing: Sample | None = None  # the latest, in the end the smallest
         self.collecting = False
         self.rich: list[Sample] = []  # those that fail and tell most
-        share = EXAMPLES.get(name, OTHERS) / EXAMPLES["gradients"]
-        profile = hypothesis.settings().max_examples
-        self.examples = max(2, round(share * (examples or EXAMPLES["gradients"] * profile / 100)))
+        whole = PROPERTIES["gradients"].examples  # what the argument `examples` is about
+        share, profile = prop.examples / whole, hypothesis.settings().max_examples
+        self.examples = max(2, round(share * (examples or whole * profile / 100)))
 
     def run(self) -> PropertyReport:
         """Run it; raises what the failing example raises, with everything known about it."""
@@ -218,7 +213,7 @@ class _Runner:
             suppress_health_check=list(HealthCheck),
             phases=[phase for phase in hypothesis.settings().phases if phase in PHASES],
         )
-        @hypothesis.given(samples(self.plan, edges=self.name == "edges", special=self.name == "special"))
+        @hypothesis.given(samples(self.plan, self.prop.draws == "edges", self.prop.draws == "special"))
         def run(sample: Sample) -> None:
             self._one(sample)
 
@@ -229,7 +224,7 @@ class _Runner:
     def _one(self, sample: Sample) -> None:
         sample = sample if self.policed else replace(sample, policed=False, suspects_oracle=False)
         try:
-            PROPERTIES[self.name].check(sample)
+            self.prop.check(sample)
         except NotApplicable as reason:  # to this example; perhaps to another one
             self.report.note = f"does not apply: {reason}"
             return

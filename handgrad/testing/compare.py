@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from handgrad.testing import calls, judge, subject
+from handgrad.testing import judge, subject
 from handgrad.testing.errors import OutputMismatch
 from handgrad.testing.oracle import Oracle
 
@@ -21,12 +21,12 @@ def compare(layer: Any, module: torch.nn.Module, x: Any, *, steps: int = 3, seed
     the caller's stay as they are, and so does torch's global generator.
 
     x is one input, or a tuple of inputs. Raises OutputMismatch or GradientMismatch with the step and the tensor;
-    OracleError where the module's names or shapes are others.
+    OracleError where the module's names or shapes differ.
 
     >>> from handgrad import BatchNorm1d
     >>> compare(BatchNorm1d(3), torch.nn.BatchNorm1d(3), torch.randn(5, 3))
     """
-    calls.check_contract(layer)
+    subject.check_contract(layer)
     ours = subject.cast(subject.clone(layer), torch.float64)
     call, theirs = Oracle(module=lambda: subject.clone(module)).bind(ours)
     for param in theirs.parameters():
@@ -39,21 +39,21 @@ def compare(layer: Any, module: torch.nn.Module, x: Any, *, steps: int = 3, seed
         where = f" in {'training' if training else 'evaluation'} step {step + 1}"
         inputs = tuple(_vary(t, step) for t in subject.as_tuple(x))
         with subject.private_rng(seed + step), torch.enable_grad():
-            outs = calls.forward(ours, inputs)
+            outs = subject.forward(ours, inputs)
             douts = tuple(torch.randn(o.shape, generator=generator, dtype=o.dtype) for o in outs)
-            dx = calls.backward(ours, inputs, douts)
-        names = calls.input_names(ours, inputs)
+            dx = subject.backward(ours, inputs, douts)
+        names = subject.input_names(ours, inputs)
         leaves = {n: t.requires_grad_() for n, t in zip(names, map(torch.clone, inputs)) if n in dx}
         with subject.private_rng(seed + step), torch.enable_grad():
             wanted = call(*[leaves.get(n, t) for n, t in zip(names, inputs)])
             _same_number(outs, wanted, where)
             torch.autograd.backward(wanted, douts)
         limit = judge.within(judge.AGAINST_ORACLE, 1e-3 * max(map(judge.largest, douts), default=0.0))
-        detached = calls.named("out", tuple(o.detach() for o in wanted))
-        judge.judge(calls.named("out", outs), detached, limit, where, OutputMismatch)
+        detached = subject.named("out", tuple(o.detach() for o in wanted))
+        judge.judge(subject.named("out", outs), detached, limit, where, OutputMismatch)
         truth: dict[str, Tensor | None] = {n: t.grad for n, t in {**leaves, **subject.parameters(theirs)}.items()}
-        judge.judge({**dx, **calls.gradients(ours)}, truth, limit, where)
-        judge.judge(calls.copies(subject.buffers(ours)), subject.buffers(theirs), limit, where, OutputMismatch)
+        judge.judge({**dx, **subject.gradients(ours)}, truth, limit, where)
+        judge.judge(subject.copies(subject.buffers(ours)), subject.buffers(theirs), limit, where, OutputMismatch)
 
 
 def _vary(t: Tensor, step: int) -> Tensor:

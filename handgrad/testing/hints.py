@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from handgrad.testing import calls, judge, subject
+from handgrad.testing import judge, subject
 from handgrad.testing.errors import CheckFailure
 from handgrad.testing.sample import Sample
 
@@ -37,11 +37,11 @@ class Hint:
 
 
 def agreed(shown: Sequence[Hint], others: Mapping[str, Sequence[Hint]]) -> list[str]:
-    """The hints of the example shown, which is small, in the light of other, richer ones that fail, too.
+    """What to say of the example shown, which is the smallest, after a look at richer ones that fail as well.
 
-    What any of them shows, too, is said of the one shown, with the meanings that hold for all. What only another one
-    shows is said of that, by its name. What only the small one shows may come of its being small, and is said where
-    there is nothing else, if it is not weak.
+    A hint that the richer ones give, too, is said with the meanings that hold in all of them. A hint that only they
+    give is said with the name of the first. A hint that only the smallest gives may come from its being so small: it
+    is said where there is no other, and never if it is weak.
     """
     known: dict[str, tuple[str, Hint]] = {}
     for name, found in others.items():
@@ -56,13 +56,13 @@ def agreed(shown: Sequence[Hint], others: Mapping[str, Sequence[Hint]]) -> list[
 
 
 def hints(s: Sample, details: dict[str, Any]) -> list[Hint]:
-    """What the failure looks like, in words; the most telling first."""
+    """Guesses at what a failure with these details lacks; the most telling first."""
     got, want = details.get("got"), details.get("want")
     found: list[Hint] = []
     if isinstance(got, Tensor) and isinstance(want, Tensor) and got.is_floating_point():
         if got.shape == want.shape:
             if details.get("property") == "accumulation":
-                found += _overwritten(s, details)
+                found += _latest_alone(s, details)
             else:
                 found += [*_special(s, got, want), *_exchanged(s, details["tensor"], got, want)]
                 found += [*_ratio(s, got, want), *_last_use(s, details)]
@@ -81,30 +81,30 @@ def _special(s: Sample, got: Tensor, want: Tensor) -> Iterator[Hint]:
         yield Hint("not finite where the right gradient is")
     elif judge.largest(got) == 0 and judge.largest(want) > 0:
         yield Hint("backward gives zeros everywhere", weak=True)
-    elif got.dim() == 2 and got.shape[0] == got.shape[1] and got.shape[0] > 1 and _near(got.t(), want):
+    elif got.dim() == 2 and got.shape[0] == got.shape[1] and got.shape[0] > 1 and _close(got.t(), want):
         yield Hint("it is the transpose of the right one")
-    for name, dout in calls.named("dout", s.douts).items():
-        if dout.shape == got.shape and _near(got, dout) and not _near(want, dout):
+    for name, dout in subject.named("dout", s.douts).items():
+        if dout.shape == got.shape and _close(got, dout) and not _close(want, dout):
             yield Hint(f"it equals {name}: as if the layer were the identity")
-        elif dout.shape == got.shape[: dout.dim()] and not _near(got, want):
+        elif dout.shape == got.shape[: dout.dim()] and not _close(got, want):
             factor = dout.reshape(*dout.shape, *[1] * (got.dim() - dout.dim()))
-            if _near(got * factor, want):
+            if _close(got * factor, want):
                 yield Hint(f"times {name} it is right: {name} is forgotten")
 
 
 def _exchanged(s: Sample, name: str, got: Tensor, want: Tensor) -> Iterator[Hint]:
     """Whether it is another tensor's gradient."""
-    for other, grad in s.truth.result.grads.items():
+    for other, grad in s.truth.grads.items():
         if other == name or grad is None or judge.largest(grad) == 0:
             continue
-        if _near(got, grad) and not _near(want, grad):
+        if _close(got, grad) and not _close(want, grad):
             yield Hint(f"it is the right one of {other}: are the two exchanged?")
 
 
 def _ratio(s: Sample, got: Tensor, want: Tensor) -> Iterator[Hint]:
     """A constant factor between the two, and what it equals."""
     clear = want.abs() > 1e-6 * max(judge.largest(want), 1e-12)
-    if not clear.any() or not _near(got[~clear], want[~clear]):
+    if not clear.any() or not _close(got[~clear], want[~clear]):
         return
     ratios = got[clear] / want[clear]
     ratio = float(ratios.mean())
@@ -126,7 +126,7 @@ def _ratio(s: Sample, got: Tensor, want: Tensor) -> Iterator[Hint]:
 def _numbers(s: Sample) -> dict[str, float]:
     """Numbers of the example that a factor may stem from: sizes, n - 1, their inverses, lone parameters."""
     found: dict[str, float] = {}
-    inputs, outs = calls.named("x", s.inputs), calls.named("out", s.douts)
+    inputs, outs = subject.named("x", s.inputs), subject.named("out", s.douts)
     shapes = {x.shape for x in inputs.values()}
     for name, t in [*inputs.items(), *((name, t) for name, t in outs.items() if t.shape not in shapes)]:
         sizes = {f"{name}.shape[{i}]": n for i, n in enumerate(t.shape)}
@@ -163,9 +163,9 @@ def _difference(got: Tensor, want: Tensor) -> Iterator[Hint]:
 
 
 def _proportional(s: Sample, got: Tensor, want: Tensor) -> Iterator[Hint]:
-    """Whether the error is x or out, times a factor a row: the shape of a forgotten path through a reduction."""
+    """Whether the error is x or out, times one factor per row: the mark of a forgotten path through a reduction."""
     off = got - want
-    for name, base in {**s.result.outs, **calls.named("x", s.inputs)}.items():
+    for name, base in {**s.result.outs, **subject.named("x", s.inputs)}.items():
         if base.shape != off.shape or not base.is_floating_point() or not off.dim() or judge.largest(off) == 0:
             continue
         for dim in range(off.dim()):
@@ -178,10 +178,10 @@ def _proportional(s: Sample, got: Tensor, want: Tensor) -> Iterator[Hint]:
                 yield Hint(text, f"multiple of {name}")
 
 
-def _overwritten(s: Sample, details: dict[str, Any]) -> Iterator[Hint]:
+def _latest_alone(s: Sample, details: dict[str, Any]) -> Iterator[Hint]:
     """Whether only one backward's gradient is there."""
     alone = s.result.grads.get(details["tensor"])
-    if alone is not None and _near(details["got"], alone):
+    if alone is not None and _close(details["got"], alone):
         yield Hint("it holds the latest gradient alone: backward assigns .grad where it must add (add_grad does)")
 
 
@@ -189,7 +189,7 @@ def _last_use(s: Sample, details: dict[str, Any]) -> Iterator[Hint]:
     """With equal indices, whether only their last use arrived."""
     integers = [x for x in s.inputs if not x.is_floating_point() and x.dtype is not torch.bool]
     name, got = details["tensor"], details["got"]
-    if not integers or len(s.douts) != 1 or name not in s.truth.result.grads:
+    if not integers or len(s.douts) != 1 or name not in s.truth.grads:
         return
     x, dout = integers[0], s.douts[0]
     if dout.shape[: x.dim()] != x.shape:
@@ -197,8 +197,8 @@ def _last_use(s: Sample, details: dict[str, Any]) -> Iterator[Hint]:
     flat, rows = x.flatten(), dout.reshape(x.numel(), -1)
     last = torch.tensor([bool((flat[i + 1 :] != flat[i]).all()) for i in range(len(flat))])
     only_last = (rows * last.unsqueeze(1)).view(dout.shape)
-    truth = s.oracle.truth(s.layer, s.inputs, (only_last,), s.seed).result.grads[name]
-    if truth is not None and _near(got, truth):
+    truth = s.oracle.truth(s.layer, s.inputs, (only_last,), s.seed).grads[name]
+    if truth is not None and _close(got, truth):
         yield Hint("of equal indices only the last one arrived: add them up (index_add_), do not assign")
 
 
@@ -223,13 +223,13 @@ def _passes_when(s: Sample, details: dict[str, Any]) -> Iterator[Hint]:
             subject.parameters(twin)[name].fill_(value)
             try:
                 other = s.with_layer(twin)
-                got, want = other.result.grads[details["tensor"]], other.truth.result.grads[details["tensor"]]
+                got, want = other.result.grads[details["tensor"]], other.truth.grads[details["tensor"]]
             except (CheckFailure, KeyError):
                 continue
-            if got is not None and want is not None and judge.largest(want) > 0 and _near(got, want):
+            if got is not None and want is not None and judge.largest(want) > 0 and _close(got, want):
                 text = f"it is right when {name} = {value:g}: look for the mistake where {name} is used, or should be"
                 yield Hint(text, weak=True)
 
 
-def _near(a: Tensor, b: Tensor) -> bool:
+def _close(a: Tensor, b: Tensor) -> bool:
     return a.shape == b.shape and judge.largest(a - b) <= 1e-9 * max(judge.largest(b), 1e-3)

@@ -41,8 +41,8 @@ def tallying() -> Iterator[Tally]:
         _tally.reset(token)
 
 
-def note(elements: int, ratio: float = 0.0) -> None:
-    """Tell the tally of a comparison made elsewhere."""
+def compared(elements: int, ratio: float = 0.0) -> None:
+    """Count numbers that were compared; `ratio` is the largest of their errors over its limit."""
     tally = _tally.get()
     if tally is not None:
         tally.elements += elements
@@ -59,6 +59,11 @@ def within(share: float, floor: Floor | float = 0.0) -> Limit:
     return lambda name, got, want: torch.full_like(want, share * max(largest(want), least(name)) + FLOOR)
 
 
+def exactly(name: str, got: Tensor, want: Tensor) -> Tensor:
+    """The limit 0."""
+    return torch.zeros_like(want)
+
+
 def judge(
     got: Mapping[str, Tensor | None],
     want: Mapping[str, Tensor | None],
@@ -73,7 +78,7 @@ def judge(
     fine = []
     failures: list[CheckFailure] = []
     for name, wanted in want.items():
-        failure = _compare(name, got.get(name), wanted, limit, what, kind)
+        failure = _failure_of(name, got.get(name), wanted, limit, what, kind)
         if failure is None:
             fine.append(name)
         else:
@@ -86,7 +91,7 @@ def judge(
         raise failures[0]
 
 
-def _compare(
+def _failure_of(
     name: str, got: Tensor | None, want: Tensor | None, limit: Limit, what: str, kind: type[CheckFailure]
 ) -> CheckFailure | None:
     head = f"{name} is wrong{what}: "
@@ -110,15 +115,14 @@ def _compare(
         allowed, error = torch.zeros_like(got), (got - want).abs()
         bad = got != want
     ratios = torch.where(torch.isfinite(want.double()), error / allowed.clamp(min=1e-300), 0)
-    note(want.numel(), float(ratios.max()) if want.numel() and not bad.any() else 0.0)
+    compared(want.numel(), float(ratios.max()) if want.numel() and not bad.any() else 0.0)
     if not bad.any():
         return None
-    return kind(
-        head + _differences(got, want, error, bad, allowed), tensor=name, got=got, want=want, bad=bad, allowed=allowed
-    )
+    text = head + _where_they_differ(got, want, error, bad, allowed)
+    return kind(text, tensor=name, got=got, want=want, bad=bad, allowed=allowed)
 
 
-def _differences(got: Tensor, want: Tensor, error: Tensor, bad: Tensor, allowed: Tensor) -> str:
+def _where_they_differ(got: Tensor, want: Tensor, error: Tensor, bad: Tensor, allowed: Tensor) -> str:
     shown = torch.where(torch.isnan(error.double()), torch.inf, error.double()).where(bad, -1)
     worst = int(shown.argmax()) if shown.dim() == 0 else int(shown.flatten().argmax())
     index = tuple(int(i) for i in torch.unravel_index(torch.tensor(worst), want.shape)) if want.dim() else ()
@@ -132,6 +136,11 @@ def _differences(got: Tensor, want: Tensor, error: Tensor, bad: Tensor, allowed:
         f" (off by {float(error.flatten()[worst]):.3g}{share}; allowed {float(allowed.max()):.2g})\n"
         f"  got   {describe(got)}\n  want  {describe(want)}"
     )
+
+
+def plus(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    """The sum of two gradients, of which None means that there is none."""
+    return a if b is None else b if a is None else a + b
 
 
 def same(a: Tensor, b: Tensor) -> Tensor:

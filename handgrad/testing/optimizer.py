@@ -34,10 +34,10 @@ def check_optimizer(
     make and reference are called with the parameters and with one value for each of `options` (a list of values or a
     hypothesis strategy). `refuses(values)` says which combinations both of them must refuse with a ValueError.
 
-    Checked over five steps with fresh gradients: every parameter in float64; gradients that are None for some steps, in
-    which the parameter and its state stay; gradients never written to, neither in value nor in version; the same tensor
-    objects throughout; `state_dict` carried over to a new optimizer in the middle; every other parameter group with a
-    learning rate of its own; a learning rate changed between steps, as schedulers do.
+    Checked over five steps with fresh gradients: every parameter in float64; gradients that are None for some steps,
+    which then leave the parameter and its state as they are; gradients never written to, neither in value nor in
+    version; the same tensor objects throughout; `state_dict` carried over to a new optimizer in the middle; every other
+    parameter group with a learning rate of its own; a learning rate changed between steps, as schedulers do.
 
     Returns how many distinct examples were compared. Raises OutputMismatch for a wrong parameter, ContractError for a
     broken rule, VacuousCheck where no parameter ever moved.
@@ -73,7 +73,7 @@ def check_optimizer(
         grads = [[data.draw(tensors(p.shape)) for p in start] for _ in range(2)]
         absent = data.draw(st.integers(0, 15), label="parameters without a gradient, as bits")
         seen.add(f"{values} {absent} {start} {grads}")
-        moved[0] |= _compare(make, reference, values, start, grads, absent)
+        moved[0] |= _side_by_side(make, reference, values, start, grads, absent)
 
     try:
         run()
@@ -86,7 +86,7 @@ def check_optimizer(
     return len(seen)
 
 
-def _compare(
+def _side_by_side(
     make: Callable[..., Any],
     reference: Callable[..., Any],
     values: dict[str, Any],
@@ -138,6 +138,6 @@ def _both_refuse(make: Callable[..., Any], reference: Callable[..., Any], values
         try:
             optimizer([torch.zeros(1)], **values)
         except ValueError:
-            judge.note(1)
+            judge.compared(1)
         else:
             raise ContractError(f"{what} must refuse {values} with a ValueError")

@@ -9,10 +9,11 @@ from typing import Any
 
 from torch import Tensor
 
-from handgrad.testing import calls, judge, subject
+from handgrad.testing import judge, subject
 from handgrad.testing.errors import CheckFailure
 from handgrad.testing.hints import Hint, agreed, hints
-from handgrad.testing.sample import PROPERTIES, Sample
+from handgrad.testing.registry import PROPERTIES
+from handgrad.testing.sample import Sample
 
 SHOWN = 24  # elements of a tensor that the text of a failure prints
 
@@ -72,7 +73,7 @@ def failure_text(error: CheckFailure, name: str, s: Sample | None, rich: Sequenc
         lines += ["", *example(s)]
     number = f"P{PROPERTIES[name].number} " if name in PROPERTIES else ""
     lines += ["", f"property {number}{name}: {PROPERTIES[name].says}" if number else "", again]
-    layer = "" if s is None else f"{calls.name_of(s.layer)}"
+    layer = "" if s is None else f"{subject.name_of(s.layer)}"
     mode = "" if s is None or not subject.has_modes(s.layer) else f" ({_mode(s.layer)})"
     return (f"{layer}{mode}: " if layer else "") + "\n".join(lines).rstrip()
 
@@ -83,13 +84,13 @@ def _guesses(error: CheckFailure, name: str, s: Sample, rich: Sequence[Sample]) 
     for other in rich:
         if other.richness() <= s.richness():
             continue
-        shapes = ", ".join(f"{x} {tuple(t.shape)}" for x, t in calls.named("x", other.inputs).items())
-        others.setdefault(shapes, _hints(error, name, other))
-    return agreed(_hints(error, name, s), others)[:3]
+        shapes = ", ".join(f"{x} {tuple(t.shape)}" for x, t in subject.named("x", other.inputs).items())
+        others.setdefault(shapes, _hints_in(error, name, other))
+    return agreed(_hints_in(error, name, s), others)[:3]
 
 
-def _hints(error: CheckFailure, name: str, s: Sample) -> list[Hint]:
-    """The hints of an example in which the same tensor is wrong as in `error`."""
+def _hints_in(error: CheckFailure, name: str, s: Sample) -> list[Hint]:
+    """The hints that an example gives, if the same tensor is wrong in it as in `error`."""
     try:
         PROPERTIES[name].check(s)
     except CheckFailure as first:
@@ -105,15 +106,15 @@ def example(s: Sample) -> list[str]:
     rows: dict[str, Any] = {}
     if s.made_by:
         rows["layer"] = s.made_by
-    rows.update(calls.named("x", s.inputs))
-    rows.update(calls.named("dout", s.douts))
+    rows.update(subject.named("x", s.inputs))
+    rows.update(subject.named("dout", s.douts))
     rows.update(subject.parameters(s.layer))
     rows.update(subject.buffers(s.layer))
     width = max(map(len, rows), default=0)
-    return ["the smallest example found:", *(f"  {name:<{width}} = {_value(value)}" for name, value in rows.items())]
+    return ["the smallest example found:", *(f"  {name:<{width}} = {_shown(value)}" for name, value in rows.items())]
 
 
-def _value(value: Any) -> str:
+def _shown(value: Any) -> str:
     if not isinstance(value, Tensor):
         return str(value)
     text = f"torch.tensor({judge.literal(value)})" if 0 < value.numel() <= SHOWN else ""

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from hypothesis.strategies import DrawFn, SearchStrategy
 from torch import Tensor
 
-from handgrad.testing import calls, subject
+from handgrad.testing import subject
 from handgrad.testing.errors import CheckFailure, LayerCrash
 from handgrad.testing.oracle import Oracle
 from handgrad.testing.plan import Input, Plan, plan_of
@@ -69,7 +69,7 @@ def samples(draw: DrawFn, plan: Plan, edges: bool = False, special: bool = False
     with subject.private_rng(seed):
         layer = subject.cast(plan.build(drawn), torch.float64)
         module = plan.build_module(drawn)
-    calls.check_contract(layer)
+    subject.check_contract(layer)
     for name, param in subject.parameters(layer).items():
         if param.is_floating_point():
             param.data = _within(_values(draw, generator, param.shape), plan.ranges.get(name))
@@ -226,7 +226,7 @@ def _warm_up(layer: Any, inputs: tuple[Any, ...], steps: int) -> None:
     with subject.private_rng(steps), torch.no_grad():
         try:
             for step in range(steps):
-                calls.forward(layer, tuple(x + step if x.is_floating_point() else x for x in inputs))
+                subject.forward(layer, tuple(x + step if x.is_floating_point() else x for x in inputs))
         except CheckFailure:
             return  # whatever it is, the properties will meet it
 
@@ -235,7 +235,7 @@ def _outs(layer: Any, inputs: tuple[Any, ...], edges: bool, seed: int) -> tuple[
     """The outputs, to shape douts after; none where forward fails, which the property will then report."""
     try:
         with subject.private_rng(seed), torch.no_grad():
-            return calls.forward(subject.clone(layer), inputs)
+            return subject.forward(subject.clone(layer), inputs)
     except LayerCrash as crash:
         if not edges and is_refusal(layer, inputs, crash):
             reject()

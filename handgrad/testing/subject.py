@@ -1,4 +1,4 @@
-"""What the checks need to know about a layer: its tensors, its copies, its calls.
+"""The layer under test: its tensors, its copies, its calls.
 
 Everything here works on any object that has `forward` and `backward(dout)`. The object says what its tensors are by
 `named_parameters()` and `named_buffers()`, as a Layer or a torch.nn.Module does; an object that has neither counts
@@ -10,10 +10,23 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from handgrad.layer import Layer
+from handgrad.losses.loss import Loss
+from handgrad.testing.errors import ContractError, LayerCrash
+
+CONTRACT = """The contract of a layer:
+  forward(x) returns out, leaves x as it is, and records what backward needs on a stack.
+  backward(dout) takes the latest record, adds to the .grad of every tensor that parameters() lists, leaves dout as it
+  is, and returns dx with the shape and dtype of x: None for an integer x, a tuple with one entry per input if forward
+  takes several."""
+
+# ---------------------------------------------------------------- its tensors
 
 
 def parameters(layer: Any) -> dict[str, Tensor]:
@@ -58,6 +71,47 @@ def _tensors(value: Any, name: str, seen: set[int]) -> Iterator[tuple[str, Tenso
             yield from _tensors(item, f"{name}.{key}" if name else key, seen)
 
 
+def gradients(layer: Any) -> dict[str, Tensor | None]:
+    """Every parameter's gradient. A gradient on a tensor that is no parameter is a ContractError."""
+    listed = parameters(layer)
+    ids = {id(p) for p in listed.values()}
+    for name, tensor in tensors(layer).items():
+        if id(tensor) not in ids and tensor.is_leaf and tensor.grad is not None:
+            raise ContractError(
+                f"backward wrote a gradient to {name}, which parameters() does not list, so no optimizer will ever "
+                f"see it; declare it: `{name}: Tensor = parameter(...)`\n{CONTRACT}"
+            )
+    return {name: p.grad for name, p in listed.items()}
+
+
+def zero_grad(layer: Any) -> None:
+    """Set every gradient to None."""
+    for tensor in parameters(layer).values():
+        tensor.grad = None
+
+
+def cast(layer: Any, dtype: torch.dtype) -> Any:
+    """Convert every floating tensor of the layer to `dtype`, in place, keeping each tensor object."""
+    for tensor in tensors(layer).values():
+        if tensor.is_floating_point():
+            tensor.grad = None
+            tensor.data = tensor.data.to(dtype)
+    return layer
+
+
+def named(name: str, values: tuple[Any, ...]) -> dict[str, Any]:
+    """`{"dx": value}` for one value, `{"dx[0]": ..., "dx[1]": ...}` for several."""
+    return {name: values[0]} if len(values) == 1 else {f"{name}[{i}]": value for i, value in enumerate(values)}
+
+
+def copies(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Detached copies."""
+    return {name: t.detach().clone() for name, t in tensors.items()}
+
+
+# ---------------------------------------------------------------- its copies, its mode, its name
+
+
 def clone(layer: Any) -> Any:
     """A copy that shares nothing with the layer, has no gradients, and repeats its random draws."""
     own = tensors(layer).values()
@@ -75,10 +129,9 @@ def _stands_alone(t: Tensor) -> bool:
     return plain and t.is_contiguous() and t.untyped_storage().nbytes() == t.numel() * t.element_size()
 
 
-def zero_grad(layer: Any) -> None:
-    """Set every gradient to None."""
-    for tensor in parameters(layer).values():
-        tensor.grad = None
+def has_modes(layer: Any) -> bool:
+    """Whether the layer can be switched between training and evaluation."""
+    return hasattr(layer, "train") or hasattr(layer, "training")
 
 
 def set_mode(layer: Any, training: bool) -> None:
@@ -87,6 +140,37 @@ def set_mode(layer: Any, training: bool) -> None:
         layer.train(training)
     elif hasattr(layer, "training"):
         layer.training = training
+
+
+def name_of(layer: Any) -> str:
+    """The layer's repr, without the memory address that a class without a repr of its own would show."""
+    own = any("__repr__" in vars(cls) for cls in type(layer).__mro__[:-1])
+    return repr(layer) if own else type(layer).__name__
+
+
+def named_layers(layer: Any) -> list[tuple[str, Any]]:
+    """The layer itself and all layers inside it, each with its path."""
+    layer = unwrap(layer)
+    return list(layer.named_layers()) if hasattr(layer, "named_layers") else [("", layer)]
+
+
+# ---------------------------------------------------------------- its calls
+
+
+@dataclass
+class Result:
+    """What one forward and backward gave: tensors by name, ready to compare."""
+
+    outs: dict[str, Tensor]
+    grads: dict[str, Tensor | None] = field(default_factory=dict)  # of inputs ("dx", "dx[1]") and of parameters
+    buffers: dict[str, Tensor] = field(default_factory=dict)
+
+
+def check_contract(layer: Any) -> None:
+    """Raise ContractError unless the object has a forward and a backward of its own."""
+    for method in ("forward", "backward"):
+        if not callable(getattr(layer, method, None)) or getattr(type(layer), method, None) is getattr(Layer, method):
+            raise ContractError(f"{name_of(layer)} has no {method}.\n{CONTRACT}")
 
 
 @contextmanager
@@ -101,25 +185,102 @@ def private_rng(seed: int | None = None) -> Iterator[None]:
         torch.set_rng_state(state)
 
 
-def as_tuple(value: Any) -> tuple[Any, ...]:
-    """Several outputs or inputs as a tuple, one as a tuple of one."""
-    return value if isinstance(value, tuple) else (value,)
+@contextmanager
+def recording(seed: int) -> Iterator[None]:
+    """Forwards record inside, whatever the caller's grad mode, with the random draws of `seed`."""
+    with private_rng(seed), torch.enable_grad():
+        yield
 
 
-def unwrap(layer: Any) -> Any:
-    """The layer itself, inside whatever stands in for it (a planted fault, a Packed)."""
-    while hasattr(layer, "wrapped_layer"):
-        layer = layer.wrapped_layer
-    return layer
+def run(layer: Any, inputs: tuple[Any, ...], douts: tuple[Tensor, ...], seed: int = 0) -> Result:
+    """Forward and backward on a copy of the layer, with the random draws of `seed`.
+
+    The tensors are copied, too, so that a layer that writes into them spoils no example; all but those with a layout
+    that a copy would lose.
+    """
+    inputs, douts = (tuple(t.clone() if t.is_contiguous() else t for t in each) for each in (inputs, douts))
+    with recording(seed):
+        return forward_backward(clone(layer), inputs, douts)
 
 
-def honest(layer: Any) -> Any:
-    """The layer without the fault planted into it."""
-    return layer.wrapped_layer if getattr(layer, "fault", "") else layer
+def forward_backward(layer: Any, inputs: tuple[Any, ...], douts: tuple[Tensor, ...]) -> Result:
+    """Forward and backward on this very object."""
+    outs = forward(layer, inputs)
+    dx = backward(layer, inputs, douts)
+    return Result(named("out", outs), {**dx, **gradients(layer)}, copies(buffers(layer)))
+
+
+def forward(layer: Any, inputs: tuple[Any, ...]) -> tuple[Tensor, ...]:
+    """Call forward; the outputs as a tuple. Whatever it raises becomes a LayerCrash."""
+    try:
+        outs = as_tuple(layer.forward(*inputs))
+    except Exception as error:
+        raise LayerCrash(f"forward raised {type(error).__name__}: {error}", inputs=inputs, method="forward") from error
+    for i, out in enumerate(outs):
+        if not isinstance(out, Tensor):
+            which = "" if len(outs) == 1 else f" number {i}"
+            raise ContractError(f"forward must return a tensor or a tuple of them; output{which} is {_kind(out)}")
+    return outs
+
+
+def backward(layer: Any, inputs: tuple[Any, ...], douts: tuple[Tensor, ...]) -> dict[str, Tensor]:
+    """Call backward; dx by name, one for every floating input. Whatever it raises becomes a LayerCrash."""
+    return named_dx(layer, inputs, raw_backward(layer, inputs, douts))
+
+
+def raw_backward(layer: Any, inputs: tuple[Any, ...], douts: tuple[Tensor, ...], **keywords: Any) -> Any:
+    """Call backward; whatever it returns."""
+    try:
+        return layer.backward(douts if len(douts) > 1 else douts[0], **keywords)
+    except Exception as error:
+        text = f"backward raised {type(error).__name__}: {error}"
+        raise LayerCrash(text, inputs=inputs, method="backward") from error
+
+
+def named_dx(layer: Any, inputs: tuple[Any, ...], dx: Any) -> dict[str, Tensor]:
+    """Check that backward returned a gradient for every floating input and nothing else; they come back by name."""
+    several = len(inputs) > 1 and not isinstance(unwrap(layer), Loss)
+    if several and not (isinstance(dx, tuple) and len(dx) == len(inputs)):
+        came = f"a tuple of {len(dx)}" if isinstance(dx, tuple) else _kind(dx)
+        raise ContractError(
+            f"backward must return a tuple of {len(inputs)}, one entry per input of forward, got {came}\n{CONTRACT}"
+        )
+    wanted = differentiable(layer, inputs)
+    returned = named("dx", dx if several else (dx,))
+    for name, value in returned.items():
+        if name in wanted and not isinstance(value, Tensor):
+            raise ContractError(f"backward must return {name} as a tensor like x, got {_kind(value)}\n{CONTRACT}")
+        if name not in wanted and value is not None:
+            raise ContractError(
+                f"{name} must be None, for the input is not floating point, got {_kind(value)}\n{CONTRACT}"
+            )
+    return {name: returned[name] for name in wanted}
+
+
+def differentiable(layer: Any, inputs: tuple[Any, ...]) -> dict[str, Tensor]:
+    """The inputs that have a gradient, under its name."""
+    pairs = zip(input_names(layer, inputs), inputs)
+    return {n: x for n, x in pairs if n.startswith("dx") and isinstance(x, Tensor) and x.is_floating_point()}
+
+
+def input_names(layer: Any, inputs: tuple[Any, ...]) -> list[str]:
+    """How the gradients of the inputs are called: dx, or dx[0], dx[1], ...; a loss has one for its first input only."""
+    if isinstance(unwrap(layer), Loss):
+        return ["dx", "target", *(f"input {i}" for i in range(2, len(inputs)))]
+    return list(named("dx", inputs))
+
+
+def _kind(value: Any) -> str:
+    return "None" if value is None else f"a {type(value).__name__}"
+
+
+# ---------------------------------------------------------------- what stands in for it
 
 
 class StandIn:
     """Stands in for a layer and passes everything on; subclasses change one thing."""
+
+    fault: Any = None  # what is wrong on purpose: then an oracle uses the layer inside
 
     def __init__(self, layer: Any) -> None:
         self.wrapped_layer = layer
@@ -150,18 +311,29 @@ class StandIn:
         return self.wrapped_layer.backward(dout, **keywords)
 
 
+def unwrap(layer: Any) -> Any:
+    """The layer itself, inside whatever stands in for it."""
+    while hasattr(layer, "wrapped_layer"):
+        layer = layer.wrapped_layer
+    return layer
+
+
+def honest(layer: Any) -> Any:
+    """The layer without the fault planted into it."""
+    return layer.wrapped_layer if isinstance(layer, StandIn) and layer.fault else layer
+
+
 class Packed(StandIn):
     """A layer with tuples among its inputs and outputs, as one with only tensors: an LSTM cell's (h, c)."""
 
     def __init__(self, layer: Any, form: Any) -> None:
         super().__init__(layer)
-        self.form = form  # nested tuples of None, one None a tensor
+        self.form = form  # nested tuples of None, one None per tensor
         self.out_form: Any = None
 
-    def pack(self, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    def pack(self, inputs: tuple[Any, ...]) -> Any:
         """The inputs as the layer takes them."""
-        packed: tuple[Any, ...] = nest(self.form, list(inputs))
-        return packed
+        return nest(self.form, list(inputs))
 
     def forward(self, *inputs: Any) -> Any:
         """The layer's forward, all its outputs in one tuple."""
@@ -175,10 +347,14 @@ class Packed(StandIn):
         return flatten(dx) if isinstance(dx, tuple) else dx
 
 
-def pack(layer: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+def packed(layer: Any, inputs: tuple[Any, ...]) -> Any:
     """The inputs as a reference for this layer takes them."""
-    packed: tuple[Any, ...] = layer.pack(inputs) if hasattr(layer, "pack") else inputs
-    return packed
+    return layer.pack(inputs) if isinstance(layer, Packed) else inputs
+
+
+def as_tuple(value: Any) -> tuple[Any, ...]:
+    """Several outputs or inputs as a tuple, one as a tuple of one."""
+    return value if isinstance(value, tuple) else (value,)
 
 
 def form_of(value: Any) -> Any:
@@ -194,17 +370,3 @@ def nest(form: Any, flat: list[Any]) -> Any:
 def flatten(value: Any) -> tuple[Any, ...]:
     """All that the nested tuples hold, in order."""
     return tuple(v for item in value for v in flatten(item)) if isinstance(value, tuple) else (value,)
-
-
-def has_modes(layer: Any) -> bool:
-    """Whether the layer can be switched between training and evaluation."""
-    return hasattr(layer, "train") or hasattr(layer, "training")
-
-
-def cast(layer: Any, dtype: torch.dtype) -> Any:
-    """Convert every floating tensor of the layer to `dtype`, in place, keeping each tensor object."""
-    for tensor in tensors(layer).values():
-        if tensor.is_floating_point():
-            tensor.grad = None
-            tensor.data = tensor.data.to(dtype)
-    return layer

@@ -15,7 +15,7 @@ from handgrad.testing import subject
 
 @dataclass(frozen=True)
 class Row:
-    """One tensor: is the hand-written gradient bitwise autograd's, is it so up to rounding, how far is it off."""
+    """One tensor: is the hand-written gradient bitwise autograd's, is it equal up to rounding, how far is it off."""
 
     name: str
     exact: bool
@@ -77,7 +77,7 @@ def gradient_table(model: Any, loss: Any, x: Any, target: Any) -> GradientTable:
             by_autograd = _by_autograd(subject.clone(model), subject.clone(loss), _detached(x), target)
     names = [*by_autograd, *(name for name in by_hand if name not in by_autograd)]
     dout = by_autograd["dx of the loss"]
-    floor = 0.0 if dout is None else 1e-2 * _largest(dout)  # what is 0 but for rounding: a bias before a batch norm
+    floor = 0.0 if dout is None else 1e-2 * _max_abs(dout)  # what is 0 but for rounding: a bias before a batch norm
     return GradientTable(tuple(_row(name, by_hand.get(name), by_autograd.get(name), floor) for name in names))
 
 
@@ -135,8 +135,7 @@ def _by_autograd(model: Any, loss: Any, x: Any, target: Any) -> Gradients:
 
 
 def _wrap_leaves(model: Any, wrap: Callable[[str, Any], None]) -> None:
-    layers = list(model.named_layers()) if hasattr(model, "named_layers") else [("", model)]
-    for path, layer in layers:
+    for path, layer in subject.named_layers(model):
         if not (hasattr(layer, "named_children") and any(True for _ in layer.named_children())):
             wrap(path, layer)
 
@@ -145,8 +144,7 @@ def _assemble(model: Any, value: Tensor, dout: Tensor | None, uses: dict[str, li
     """Name the gradients, in the order in which a backward meets them."""
     gradients: Gradients = {"loss": value, "dx of the loss": dout}
     params = subject.parameters(model)
-    layers = list(model.named_layers()) if hasattr(model, "named_layers") else [("", model)]
-    for path, layer in reversed(layers):
+    for path, layer in reversed(subject.named_layers(model)):
         used = [t for t in uses.get(path, []) if t is not None]
         for i, dx in enumerate(used):
             nth = f", use {len(used) - i}" if len(used) > 1 else ""
@@ -165,12 +163,12 @@ def _row(name: str, got: Tensor | None, want: Tensor | None, floor: float) -> Ro
     if got.shape != want.shape or got.dtype is not want.dtype:
         note = f"{tuple(got.shape)} {got.dtype} instead of {tuple(want.shape)} {want.dtype}"
         return Row(name, False, False, float("inf"), note)
-    difference = _largest(got - want)
-    limit = torch.finfo(want.dtype).eps ** 0.5 * max(_largest(want), floor)
+    difference = _max_abs(got - want)
+    limit = torch.finfo(want.dtype).eps ** 0.5 * max(_max_abs(want), floor)
     return Row(name, torch.equal(got, want), difference <= limit, difference)
 
 
-def _largest(t: Tensor) -> float:
+def _max_abs(t: Tensor) -> float:
     """The largest magnitude; NaN where there is one, 0 for an empty tensor."""
     return float(t.detach().abs().max()) if t.numel() else 0.0
 

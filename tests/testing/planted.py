@@ -15,37 +15,18 @@ from torch import Tensor
 
 import handgrad as hg
 from handgrad.errors import HandgradError
-from handgrad.testing import CheckFailure
-from handgrad.testing.mutate import patched, quick
 from tests.cases import CASES, OPTIMIZERS
-from tests.testing.faults import FAULTS, Fault
+from tests.mutate import first_failure, quick
+from tests.testing.faults import PLANTED, Fault
 
-METHODS = ("handgrad", "y.sum()", "random dout", "gradcheck")
+CHECKERS = ("handgrad", "y.sum()", "random dout", "gradcheck")
+COMPARED = {hg.Linear, hg.Embedding, hg.Flatten, hg.Tanh, hg.BatchNorm1d, hg.CrossEntropy, hg.Sequential, hg.SGD}
 
 
 def noticed_by(fault: Fault) -> str:
-    """The property of handgrad.testing that notices the fault; empty for none."""
-    ((name, function),) = fault.methods.items()
-    with patched(fault.layer, name, function), quick():
-        for case in OPTIMIZERS.values():
-            if case.covers is fault.layer:
-                try:
-                    case.run()
-                except CheckFailure:
-                    return "check_optimizer"
-    return failing_property(fault.layer, fault.layer, name, function)
-
-
-def failing_property(layer: type, owner: type, method: str, function: Callable[..., Any]) -> str:
-    """The first property that fails in the layer's cases with the function for owner's method; empty for none."""
-    with patched(owner, method, function), quick():
-        for case in CASES.values():
-            if case.covers is layer:
-                try:
-                    case.run(skip={"sensitivity": "planted faults are what is tested", **case.keywords.get("skip", {})})
-                except CheckFailure as failure:
-                    return str(failure.details["property"])
-    return ""
+    """The first property that fails in the cases of the class; empty for none."""
+    with fault.planted(), quick():
+        return first_failure(case for case in [*CASES.values(), *OPTIMIZERS.values()] if case.covers is fault.layer)
 
 
 def ordinary(layer: type) -> tuple[Any, tuple[Tensor, ...]]:
@@ -75,8 +56,7 @@ def one_pass(fault: Fault, dout: Callable[[Tensor], Tensor]) -> bool:
     out = twin.forward(*leaves)
     d = dout(out.detach())
     out.backward(d)
-    ((name, function),) = fault.methods.items()
-    with patched(fault.layer, name, function):
+    with fault.planted():
         try:
             layer.forward(*inputs)
             dx = layer.backward(d.clone())
@@ -117,8 +97,7 @@ def gradcheck(fault: Fault) -> bool:
 
     tensors = [x.clone().requires_grad_() if x.is_floating_point() else x for x in inputs]
     params = [p.clone().requires_grad_() for p in layer.parameters()]
-    ((name, function),) = fault.methods.items()
-    with patched(fault.layer, name, function):
+    with fault.planted():
         try:
             return not torch.autograd.gradcheck(Wrapped.apply, (*tensors, *params), raise_exception=False)
         except Exception:  # whatever it raises, the fault has been noticed
@@ -128,21 +107,21 @@ def gradcheck(fault: Fault) -> bool:
 def row(fault: Fault) -> dict[str, str]:
     """The fault and who notices it."""
     if fault.layer is hg.SGD:
-        others = dict.fromkeys(METHODS[1:], "not made for it")
+        others = dict.fromkeys(CHECKERS[1:], "not made for it")
     else:
         generator = torch.Generator().manual_seed(1)
         random = lambda out: torch.randn(out.shape, generator=generator, dtype=out.dtype)  # noqa: E731
         found = (one_pass(fault, torch.ones_like), one_pass(fault, random), gradcheck(fault))
-        others = {method: "noticed" if yes else "missed" for method, yes in zip(METHODS[1:], found)}
+        others = {method: "noticed" if yes else "missed" for method, yes in zip(CHECKERS[1:], found)}
     return {"layer": fault.layer.__name__, "fault": fault.name, "handgrad": noticed_by(fault) or "missed", **others}
 
 
 def table(rows: list[dict[str, str]]) -> str:
     """The rows in markdown, and how many faults each method misses."""
-    lines = ["| layer | fault | " + " | ".join(METHODS) + " |", "| --- " * (2 + len(METHODS)) + "|"]
-    lines += [f"| {r['layer']} | {r['fault']} | " + " | ".join(r[m] for m in METHODS) + " |" for r in rows]
+    lines = ["| layer | fault | " + " | ".join(CHECKERS) + " |", "| --- " * (2 + len(CHECKERS)) + "|"]
+    lines += [f"| {r['layer']} | {r['fault']} | " + " | ".join(r[m] for m in CHECKERS) + " |" for r in rows]
     counted = [r for r in rows if r["layer"] != "SGD"]
-    totals = [f"{sum(r[m] == 'missed' for r in counted)} of {len(counted)}" for m in METHODS]
+    totals = [f"{sum(r[m] == 'missed' for r in counted)} of {len(counted)}" for m in CHECKERS]
     lines.append("| | **missed, of the faults in layers** | " + " | ".join(totals) + " |")
     return "\n".join(lines) + "\n"
 
@@ -152,7 +131,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--write", metavar="PATH", help="write PATH.md and PATH.json")
     given = parser.parse_args()
-    rows = [row(fault) for fault in FAULTS]
+    rows = [row(fault) for fault in PLANTED if fault.layer in COMPARED]
     text = table(rows)
     print(text)
     if given.write:

@@ -24,7 +24,7 @@ def _the_same_examples():
     hypothesis.settings.load_profile("before")
 
 
-def hints(make, x, **what) -> list[str]:
+def hints_of(make, x, **what) -> list[str]:
     """The hints of the failure."""
     with pytest.raises(CheckFailure) as caught:
         check_layer(make, x, **what)
@@ -78,7 +78,7 @@ def wrong(**method):
 
 def affine(**method) -> list[str]:
     """The hints about Affine with one method replaced."""
-    return hints(lambda D, H: wrong(**method)(D, H), "N D")
+    return hints_of(lambda D, H: wrong(**method)(D, H), "N D")
 
 
 def test_values_that_are_not_finite():
@@ -100,14 +100,14 @@ def test_the_identity():
             self.pop(dout)
             return dout
 
-    assert "it equals dout: as if the layer were the identity" in hints(Passes, "*N")
+    assert "it equals dout: as if the layer were the identity" in hints_of(Passes, "*N")
 
 
 def test_a_transpose():
     def transposed(self, weight, x, draw):
         self.add_grad(weight, draw.t() @ x)
 
-    found = hints(lambda D: wrong(weight_grad=transposed)(D, D), "N D")
+    found = hints_of(lambda D: wrong(weight_grad=transposed)(D, D), "N D")
     assert any("it is the transpose of the right one" in hint for hint in found), found
 
 
@@ -134,7 +134,7 @@ def test_one_less_than_the_rows():
             (shape,) = self.pop(dout)
             return (dout / (shape[0] - 1)).expand(shape).clone()
 
-    found = hints(Mean, "N D", sizes={"N": (2, 6)})
+    found = hints_of(Mean, "N D", sizes={"N": (2, 6)})
     assert any("times the right one, which is n/(n - 1) for n = x.shape[0]" in hint for hint in found), found
 
 
@@ -161,7 +161,7 @@ def test_a_forgotten_mean():
             self.pop(dout)
             return dout.clone()
 
-    found = hints(Centred, "N D")
+    found = hints_of(Centred, "N D")
     text = "it is off by the same amount all along dimension 0: a sum or mean over it is missing"
     assert any(text in hint for hint in found), found
 
@@ -181,7 +181,7 @@ def test_a_forgotten_path(base):
             length, x = self.pop(dout)
             return dout / length if base == "out" else 0 * x
 
-    found = hints(Unit, "N D")
+    found = hints_of(Unit, "N D")
     text = "it is off by a multiple of x along dimension 1: a path through a sum is missing"
     assert any(text in hint for hint in found), found
 
@@ -212,7 +212,7 @@ def test_equal_indices():
             grad[x] = dout
             self.add_grad(self.weight, grad)
 
-    found = hints(lambda V, D: Assigns(V, D), "N < V")
+    found = hints_of(lambda V, D: Assigns(V, D), "N < V")
     text = "of equal indices only the last one arrived: add them up (index_add_), do not assign"
     assert any(text in hint for hint in found), found
 
@@ -233,7 +233,7 @@ def test_a_dimension_lost():
             self.pop(dout)
             return 2 * dout
 
-    (hint,) = hints(Flat, "N D")
+    (hint,) = hints_of(Flat, "N D")
     assert re.fullmatch(r"the elements are as many: a reshape to \(\d, \d\) is missing", hint)
 
 
@@ -248,7 +248,7 @@ def test_a_broadcast_forgotten():
             self.pop(dout)
             return dout.clone(), dout.clone()
 
-    found = hints(Sum, ["N D", "D"])
+    found = hints_of(Sum, ["N D", "D"])
     text = r"x\[1\] was broadcast on the way to out, so its gradient must be summed back to \(\d,\)"
     assert any(re.search(text, hint) for hint in found), found
 
@@ -264,7 +264,7 @@ def test_two_gradients_exchanged():
             x, y = self.pop(dout)
             return dout * x, dout * y
 
-    found = hints(Product, ["*N", "*N"])
+    found = hints_of(Product, ["*N", "*N"])
     assert any("it is the right one of dx[1]: are the two exchanged?" in hint for hint in found), found
 
 
@@ -279,7 +279,7 @@ def test_dout_forgotten():
             (x,) = self.pop(dout)
             return 2 * x
 
-    found = hints(Square, "*N D")
+    found = hints_of(Square, "*N D")
     assert any("times dout it is right: dout is forgotten" in hint for hint in found), found
 
 

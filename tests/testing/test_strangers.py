@@ -74,7 +74,7 @@ def test_a_record_in_attributes_is_explained():
 def test_a_forgotten_input_is_explained():
     """With the contract."""
     text = failure(bilinear, strangers.BilinearForgetsInput, ContractError)
-    assert "backward must return a tuple of 2, one entry an input of forward, got a Tensor" in text
+    assert "backward must return a tuple of 2, one entry per input of forward, got a Tensor" in text
     assert "The contract of a layer" in text
 
 

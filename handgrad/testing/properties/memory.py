@@ -5,34 +5,35 @@ from __future__ import annotations
 import copy
 import pickle
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from handgrad.layer import Layer
-from handgrad.testing import calls, judge, subject
+from handgrad.testing import judge, subject
 from handgrad.testing.errors import ContractError, OutputMismatch
-from handgrad.testing.sample import Sample, prop
+from handgrad.testing.registry import prop
+from handgrad.testing.sample import Sample
 
 
-@prop(4, "ownership")
+@prop(4, "ownership", first=True)
 def assert_ownership(s: Sample) -> None:
     """x, dout, out and the parameters stay as they are, in every bit and never written to in place."""
     twin = s.copy()
     inputs, douts = _clones(s.inputs), _clones(s.douts)
-    params = subject.parameters(twin)
-    with subject.private_rng(s.seed), torch.enable_grad():
-        held = _Held({**calls.named("x", inputs), **params})
-        outs = calls.forward(twin, inputs)
+    with subject.recording(s.seed):
+        theirs = {**subject.named("x", inputs), **subject.parameters(twin)}
+        held = _Held(theirs)
+        outs = subject.forward(twin, inputs)
         held.verify("forward")
-        buffers = subject.buffers(twin)
-        held = _Held({**calls.named("x", inputs), **params, **calls.named("dout", douts), **buffers})
-        values = calls.named("out", tuple(o.detach().clone() for o in outs))
-        calls.backward(twin, inputs, douts)
+        held = _Held({**theirs, **subject.named("dout", douts), **subject.buffers(twin)})
+        values = _clones(outs)
+        subject.backward(twin, inputs, douts)
         held.verify("backward")
-    for name, out in calls.named("out", outs).items():
-        if not judge.identical(out, values[name]):
+    for (name, out), value in zip(subject.named("out", outs).items(), values):
+        if not judge.identical(out, value):
             raise ContractError(f"backward wrote to {name}, which belongs to the caller since forward returned it")
 
 
@@ -41,12 +42,12 @@ class _Held:
 
     def __init__(self, tensors: dict[str, Tensor]) -> None:
         self.tensors = tensors
-        self.bits = calls.copies(tensors)
+        self.bits = subject.copies(tensors)
         self.versions = {name: t._version for name, t in tensors.items()}
 
     def verify(self, method: str) -> None:
         for name, tensor in self.tensors.items():
-            judge.note(tensor.numel())
+            judge.compared(tensor.numel())
             if not judge.identical(tensor, self.bits[name]):
                 raise ContractError(
                     f"{method} changed {name}, which is not its own: before {judge.describe(self.bits[name])}, "
@@ -61,53 +62,48 @@ class _Held:
                 )
 
 
-@prop(5, "layouts")
+@prop(5, "layouts", examples=6)
 def assert_layouts(s: Sample) -> None:
     """Strided, transposed, rotated, shifted and expanded x and dout give what contiguous ones give."""
-    limit = judge.within(judge.SAME_CODE, s.floor)
     for i, x in enumerate(s.inputs):
-        for name, twin in _layouts(x).items():
-            inputs = (*s.inputs[:i], twin, *s.inputs[i + 1 :])
-            _same(
-                calls.run(s.layer, inputs, s.douts, s.seed), s.result, limit, f" for x {name}, strides {_strides(twin)}"
-            )
-        if x.dim() and x.shape[0] > 1:
-            rows = x[:1].expand(x.shape)
-            one, other = ((*s.inputs[:i], t, *s.inputs[i + 1 :]) for t in (rows, rows.contiguous()))
-            want = calls.run(s.layer, other, s.douts, s.seed)
-            text = f" for x expanded from one row, strides {_strides(rows)}"
-            _same(calls.run(s.layer, one, s.douts, s.seed), want, limit, text)
+        row = {"one row": x[:1].expand(x.shape)} if x.dim() and x.shape[0] > 1 else {}
+        _assert_any_layout(s, "x", i, row)
     for i, dout in enumerate(s.douts):
-        for name, twin in _layouts(dout).items():
-            douts = (*s.douts[:i], twin, *s.douts[i + 1 :])
-            got = calls.run(s.layer, s.inputs, douts, s.seed)
-            _same(got, s.result, limit, f" for dout {name}, strides {_strides(twin)}")
-        if dout.numel():
-            flat = dout.flatten()[0].expand(dout.shape)
-            one, other = ((*s.douts[:i], t, *s.douts[i + 1 :]) for t in (flat, flat.contiguous()))
-            want = calls.run(s.layer, s.inputs, other, s.seed)
-            text = f" for dout expanded from one number, strides {_strides(flat)}"
-            _same(calls.run(s.layer, s.inputs, one, s.seed), want, limit, text)
+        number = {"one number": dout.flatten()[0].expand(dout.shape)} if dout.numel() else {}
+        _assert_any_layout(s, "dout", i, number)
 
 
-def _layouts(t: Tensor) -> dict[str, Tensor]:
+def _assert_any_layout(s: Sample, what: str, i: int, expanded: dict[str, Tensor]) -> None:
+    """One x or dout in every layout beside a contiguous one; and each of `expanded` beside its contiguous copy."""
+    given = s.inputs if what == "x" else s.douts
+
+    def run(t: Tensor) -> subject.Result:
+        changed = (*given[:i], t, *given[i + 1 :])
+        return s.run(inputs=changed) if what == "x" else s.run(douts=changed)
+
+    for layout, t in _layouts(given[i]):
+        _same(run(t), s.result, s, f" for {what} {layout}, strides {t.stride()}")
+    for source, t in expanded.items():
+        want = run(t.contiguous())
+        _same(run(t), want, s, f" for {what} expanded from {source}, strides {t.stride()}")
+
+
+def _layouts(t: Tensor) -> Iterator[tuple[str, Tensor]]:
     """Tensors of equal values whose memory is laid out otherwise."""
     other = float("nan") if t.is_floating_point() else 0  # what whoever reads the wrong places will find
     wide = torch.full((*t.shape, 2), other, dtype=t.dtype)
     wide[..., 0] = t
-    shifted = torch.full((t.numel() + 3,), other, dtype=t.dtype)[3:].view(t.shape)
-    found = {"strided": wide[..., 0], "shifted": shifted.copy_(t)}
+    yield "strided", wide[..., 0]
+    yield "shifted", torch.full((t.numel() + 3,), other, dtype=t.dtype)[3:].view(t.shape).copy_(t)
     if t.dim() >= 2:
-        found["transposed"] = t.transpose(-1, -2).contiguous().transpose(-1, -2)
+        yield "transposed", t.transpose(-1, -2).contiguous().transpose(-1, -2)
     if t.dim() >= 3:
-        there, back = [*range(1, t.dim()), 0], [t.dim() - 1, *range(t.dim() - 1)]
-        found["rotated"] = t.permute(there).contiguous().permute(back)
-    return found
+        yield "rotated", t.movedim(0, -1).contiguous().movedim(-1, 0)
 
 
-def _same(got: calls.Result, want: calls.Result, limit: judge.Limit, text: str) -> None:
-    judge.judge(got.outs, want.outs, limit, text, OutputMismatch)
-    judge.judge(got.grads, want.grads, limit, text)
+def _same(got: subject.Result, want: subject.Result, s: Sample, text: str) -> None:
+    judge.judge(got.outs, want.outs, s.same_code, text, OutputMismatch)
+    judge.judge(got.grads, want.grads, s.same_code, text)
 
 
 @prop(13, "aliasing")
@@ -117,34 +113,30 @@ def assert_aliasing(s: Sample) -> None:
     A backward that needs what was overwritten may refuse with a StateError (or any RuntimeError) instead.
     """
     twin = s.copy()
-    limit = judge.within(judge.SAME_CODE, s.floor)
     inputs, douts = _clones(s.inputs), _clones(s.douts)
-    with subject.private_rng(s.seed), torch.enable_grad():
-        outs = calls.forward(twin, inputs)
-        dx = calls.backward(twin, inputs, douts)
-    grads = calls.gradients(twin)
-    known: dict[str, Tensor] = {**calls.named("x", inputs), **calls.named("out", outs), **calls.named("dout", douts)}
-    _assert_own_memory(grads, {**known, **dx, **subject.tensors(twin)})
+    with subject.recording(s.seed):
+        outs = subject.forward(twin, inputs)
+        dx = subject.backward(twin, inputs, douts)
+    grads = subject.gradients(twin)
+    theirs = {**subject.named("x", inputs), **subject.named("out", outs), **subject.named("dout", douts)}
+    _assert_own_memory(grads, {**theirs, **dx, **subject.tensors(twin)})
     for value in dx.values():
-        if value.numel():
-            value.view_as(value).fill_(float("nan")) if _writable(value) else None
+        if value.numel() and _writable(value):
+            value.fill_(float("nan"))
     own = {name: s.result.grads[name] for name in grads}
-    judge.judge(grads, own, limit, " after somebody wrote into the dx that backward returned")
-    _overwritten(s, "out", limit)
+    judge.judge(grads, own, s.same_code, " after somebody wrote into the dx that backward returned")
+    _assert_survives_overwriting("out", s)
     if isinstance(subject.unwrap(s.layer), Layer):
-        _overwritten(s, "a parameter", limit)
-        _overwritten(s, "x", limit)
+        _assert_survives_overwriting("a parameter", s)
+        _assert_survives_overwriting("x", s)
 
 
 def _assert_own_memory(grads: dict[str, Tensor | None], others: dict[str, Tensor]) -> None:
-    owners: dict[int, str] = {}
-    for name, tensor in others.items():
-        if tensor.numel():
-            owners[tensor.untyped_storage().data_ptr()] = name
+    owners = {t.untyped_storage().data_ptr(): name for name, t in others.items() if t.numel()}
     for name, grad in grads.items():
         if grad is None or not grad.numel():
             continue
-        judge.note(1)
+        judge.compared(1)
         where = grad.untyped_storage().data_ptr()
         if where in owners:
             raise ContractError(
@@ -154,19 +146,19 @@ def _assert_own_memory(grads: dict[str, Tensor | None], others: dict[str, Tensor
             )
         if not _writable(grad):
             raise ContractError(
-                f"the gradient of {name} is expanded (strides {_strides(grad)}): several elements share one place in "
+                f"the gradient of {name} is expanded (strides {grad.stride()}): several elements share one place in "
                 "memory, and the next gradient cannot be added to it; use contiguous()",
                 tensor=name,
             )
         owners[where] = f"the gradient of {name}"
 
 
-def _overwritten(s: Sample, what: str, limit: judge.Limit) -> None:
+def _assert_survives_overwriting(what: str, s: Sample) -> None:
     """Write into `what` between forward and backward: the gradients must not change, or backward must refuse."""
     twin = s.copy()
     inputs = _clones(s.inputs)
-    with subject.private_rng(s.seed), torch.enable_grad():
-        outs = calls.forward(twin, inputs)
+    with subject.recording(s.seed):
+        outs = subject.forward(twin, inputs)
         targets = {"out": outs, "x": inputs, "a parameter": tuple(subject.parameters(twin).values())}[what]
         for target in targets:
             if target.numel() and _writable(target):
@@ -174,25 +166,25 @@ def _overwritten(s: Sample, what: str, limit: judge.Limit) -> None:
         try:
             dx = twin.backward(s.douts if len(s.douts) > 1 else s.douts[0])
         except RuntimeError:
-            judge.note(1)
+            judge.compared(1)
             return
     text = f" when {what} is overwritten between forward and backward (keep what backward needs with push)"
-    got = {**calls.structure(twin, inputs, dx), **calls.gradients(twin)}
-    judge.judge(got, s.result.grads, limit, text)
+    got = {**subject.named_dx(twin, inputs, dx), **subject.gradients(twin)}
+    judge.judge(got, s.result.grads, s.same_code, text)
 
 
 def _writable(t: Tensor) -> bool:
     return all(stride or size <= 1 for size, stride in zip(t.shape, t.stride()))
 
 
-@prop(14, "plumbing")
+@prop(14, "plumbing", examples=5)
 def assert_plumbing(s: Sample) -> None:
     """A repr works; a copy, a pickle and a state_dict each carry the layer over, and it then works the same."""
     layer = s.copy()
     if not isinstance(repr(layer), str) or not repr(layer):
         raise ContractError("repr must give a text")
-    with subject.private_rng(s.seed), torch.enable_grad():
-        calls.forward(layer, s.inputs)  # a record that waits
+    with subject.recording(s.seed):
+        subject.forward(layer, s.inputs)  # a record that waits
     start = s.copy()
     twins = {"copied": copy.deepcopy(layer)}
     if _importable(subject.unwrap(layer)):
@@ -208,8 +200,7 @@ def assert_plumbing(s: Sample) -> None:
             raise ContractError(f"a {how} layer must not bring its records along: {twin.pending} wait in it")
         if "state_dict" not in how:
             _restore_buffers(twin, start)
-        limit = judge.within(judge.SAME_CODE, s.floor)
-        _same(calls.run(twin, s.inputs, s.douts, s.seed), s.result, limit, f" in a {how} layer")
+        _same(subject.run(twin, s.inputs, s.douts, s.seed), s.result, s, f" in a {how} layer")
 
 
 def _restore_buffers(twin: Any, start: Any) -> None:
@@ -227,8 +218,4 @@ def _importable(layer: Any) -> bool:
 
 
 def _clones(tensors: tuple[Any, ...]) -> tuple[Any, ...]:
-    return tuple(t.clone() for t in tensors)
-
-
-def _strides(t: Tensor) -> tuple[int, ...]:
-    return t.stride()
+    return tuple(t.detach().clone() for t in tensors)

@@ -11,7 +11,7 @@ import textwrap
 
 import pytest
 
-from handgrad.testing import mutate
+from tests import mutate
 
 LAYER = """
 from __future__ import annotations
@@ -22,6 +22,14 @@ from handgrad import Layer
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+def third(d: Tensor) -> Tensor:
+    return d / 3.0
+
+
+def applied(formula, d):
+    return formula(d)
 
 
 class Base(Layer):
@@ -42,9 +50,13 @@ class Double(Base):
         def formula(d: Tensor | None) -> Tensor | None:
             return d * factor
 
-        return formula(dout)
+        return applied(third, applied(self.tripled, formula(dout)))
+
+    @staticmethod
+    def tripled(d: Tensor) -> Tensor:
+        return d * 3.0
 """
-CASES = """
+CASES_FILE = """
 from types import SimpleNamespace
 
 import doubling
@@ -62,7 +74,7 @@ CASES = {
 def doubling(tmp_path, monkeypatch):
     """A module of one layer, its names for type checkers missing at run time, and the file of its case."""
     (tmp_path / "doubling.py").write_text(LAYER)
-    (tmp_path / "cases.py").write_text(CASES)
+    (tmp_path / "cases.py").write_text(CASES_FILE)
     monkeypatch.syspath_prepend(tmp_path)
     yield importlib.import_module("doubling")
     del sys.modules["doubling"]
@@ -79,6 +91,17 @@ def test_a_rebuilt_function_works_as_before(doubling):
 def test_nothing_that_is_not_run_is_mutated(doubling):
     """No annotation, of the function or of one inside it; every mutant computes something else."""
     assert not [mutant.key for mutant in mutate.mutants(doubling) if "None" in mutant.key]
+
+
+def test_a_formula_is_mutated_wherever_it_stands(doubling):
+    """Inside the backward, beside it in the class, or in the module; called, or handed on to whoever calls it."""
+    found = {mutant.key for mutant in mutate.mutants(doubling)}
+    assert {
+        "Double.backward: d * factor -> d / factor",  # inside, called
+        "Double.tripled: d * 3.0 -> d / 3.0",  # in the class, a static method handed on
+        "third: d / 3.0 -> d * 3.0",  # in the module, handed on
+        "Base.factor: 2.0 -> 3.0",  # called
+    } <= found
 
 
 def test_what_was_judged_before_an_interrupt_is_in_the_file(doubling, tmp_path, monkeypatch, capsys):

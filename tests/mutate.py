@@ -1,8 +1,9 @@
-"""Mutate the source of backward and see whether the checks notice: ``python -m handgrad.testing.mutate MODULE``.
+"""Mutate the source of backward and see whether the checks notice: ``python -m tests.mutate handgrad.layers.linear``.
 
-Every mutant is one small mistake in a backward, in what a backward calls, in a buffer update or an optimizer's step: a
-term dropped, a sign flipped, a sum for a mean, a transpose forgotten, a gradient assigned for added, a condition turned
-round. It is put into the class itself, the cases that cover the class are run, and the class is restored.
+Every mutant is one small mistake in a backward, in a function that a backward calls or hands on (a formula given to
+`blockwise`), in a buffer update or an optimizer's step: a term dropped, a sign flipped, a sum for a mean, a transpose
+forgotten, a gradient assigned for added, a condition turned round. It is put into the class itself, the cases that
+cover the class are run, and the class is restored.
 
 Left out on purpose, for they cannot change a result: dropping `out=`, the other order of the operands of a sum or a
 product, an operation out of place for one in place whose result is used (the converse, which may write to what belongs
@@ -106,7 +107,7 @@ class Verdict:
 
 
 def mutants(module: Any) -> Iterator[Mutant]:
-    """Every mutant of every backward in the module, of what it calls there, and of the buffer updates."""
+    """Every mutant of every backward in the module, of the functions there that it names, and of the buffer updates."""
     for owner, name, function in _targets(module):
         tree = ast.parse(textwrap.dedent(inspect.getsource(function))).body[0]
         nodes = [n for n in ast.walk(tree) if not _documentation(n, tree)]
@@ -133,7 +134,8 @@ def judge_all(
     """Run the cases of the module's classes against its mutants."""
     for mutant in found:
         covered = [case for case in cases.values() if _concerns(mutant, case.covers, module)]
-        by = _killer(mutant, covered)
+        with patched(mutant.owner, mutant.name, mutant.function), quick():
+            by = first_failure(covered)
         if by:
             yield Verdict(mutant, "killed", by)
         elif mutant.key in reasons:
@@ -142,21 +144,20 @@ def judge_all(
             yield Verdict(mutant, "survived")
 
 
-def _killer(mutant: Mutant, cases: list[Any]) -> str:
-    """The property (or the error) that notices the mutant; empty for none."""
-    with patched(mutant.owner, mutant.name, mutant.function), quick():
-        for case in cases:
-            skip = {"sensitivity": "a mutant", **case.keywords.get("skip", {})}
-            try:
-                case.run(**({} if issubclass(case.covers, torch.optim.Optimizer) else {"skip": skip}))
-            except CheckFailure as failure:
-                return str(failure.details.get("property", type(failure).__name__))
-            except OracleError:
-                continue  # which says nothing about the backward
-            except CheckError as error:
-                return type(error).__name__
-            except Exception as error:  # a mutant can break anything
-                return f"crash: {type(error).__name__}"
+def first_failure(cases: Iterable[Any]) -> str:
+    """The first property, or else the error, by which one of the cases fails; empty where all pass."""
+    for case in cases:
+        skip = {"sensitivity": "a fault is planted already", **case.keywords.get("skip", {})}
+        try:
+            case.run(**({} if issubclass(case.covers, torch.optim.Optimizer) else {"skip": skip}))
+        except CheckFailure as failure:
+            return str(failure.details.get("property", "check_optimizer"))
+        except OracleError:
+            continue  # which says nothing about the backward
+        except CheckError as error:
+            return type(error).__name__
+        except Exception as error:  # a mutant can break anything
+            return f"crash: {type(error).__name__}"
     return ""
 
 
@@ -193,19 +194,22 @@ def _targets(module: Any) -> Iterator[tuple[Any, str, Any]]:
     for cls in vars(module).values():
         if not inspect.isclass(cls) or cls.__module__ != module.__name__:
             continue
-        todo = [name for name in vars(cls) if name.endswith("backward") or "update" in name or name == "step"]
+        methods = [name for name, value in vars(cls).items() if inspect.isfunction(value)]
+        todo = [name for name in methods if name.endswith("backward") or "update" in name or name == "step"]
         while todo:
             name = todo.pop()
             owner = next((c for c in (*cls.__mro__, module) if name in vars(c) and _home(c) == module.__name__), None)
-            function = None if owner is None else vars(owner)[name]
-            if owner is None or not inspect.isfunction(function) or (id(owner), name) in found:
+            function = None if owner is None else inspect.unwrap(getattr(owner, name))
+            if inspect.ismethod(function):  # a class method
+                function = function.__func__
+            if not inspect.isfunction(function) or (id(owner), name) in found:
                 continue
             if "check" in name or "error" in name or function.__module__ != module.__name__:
                 continue
             found[id(owner), name] = (owner, name, function)
             for node in ast.walk(ast.parse(textwrap.dedent(inspect.getsource(function)))):
-                if isinstance(node, ast.Call) and isinstance(node.func, (ast.Name, ast.Attribute)):
-                    todo.append(node.func.id if isinstance(node.func, ast.Name) else node.func.attr)
+                if isinstance(node, (ast.Name, ast.Attribute)):  # called, or handed on as an argument
+                    todo.append(node.id if isinstance(node, ast.Name) else node.attr)
     yield from found.values()
 
 
@@ -347,7 +351,7 @@ def load_cases(path: str) -> dict[str, Any]:
 
 def main(arguments: list[str] | None = None) -> int:
     """Judge the mutants of some modules and print the table; exit code 1 where one survived without a reason."""
-    parser = argparse.ArgumentParser(prog="python -m handgrad.testing.mutate", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m tests.mutate", description=__doc__)
     parser.add_argument("modules", nargs="+", help="modules with layers, such as handgrad.layers.linear")
     parser.add_argument("--cases", default="tests/cases.py", help="the file that defines CASES")
     parser.add_argument("--reasons", default="tests/mutants.json", help="why survivors are equivalent, by module")
