@@ -16,10 +16,11 @@ from handgrad.layers.activation import GELU, LeakyReLU, LogSoftmax, ReLU, Sigmoi
 from handgrad.layers.attention import SelfAttention
 from handgrad.layers.batchnorm import BatchNorm1d
 from handgrad.layers.cells import GRUCell, LSTMCell, RNNCell
-from handgrad.layers.containers import Concat, Identity, Parallel, Product, Residual, Sequential, Sum
+from handgrad.layers.containers import Concat, Constant, Identity, Parallel, Product, Residual, Sequential, Sum
 from handgrad.layers.conv import Conv1d, Conv2d
 from handgrad.layers.dropout import Dropout
 from handgrad.layers.flatten import Flatten, FlattenConsecutive
+from handgrad.layers.graph import Add, Cat, Graph, Multiply
 from handgrad.layers.linear import Linear
 from handgrad.layers.normalization import LayerNorm, RMSNorm
 from handgrad.layers.pooling import AvgPool2d, MaxPool2d
@@ -30,6 +31,7 @@ from handgrad.losses.cross_entropy import CrossEntropy
 from handgrad.losses.linear_cross_entropy import LinearCrossEntropy
 from handgrad.losses.loss import Loss
 from handgrad.losses.mse import MSE
+from handgrad.losses.several import Losses
 from handgrad.memory import keep_freed_memory
 from handgrad.optim import SGD
 from handgrad.train import TrainStep
@@ -43,12 +45,15 @@ __all__ = [
     "MSE",
     "RNN",
     "SGD",
+    "Add",
     "ArgumentError",
     "AvgPool2d",
     "BCEWithLogits",
     "BatchNorm1d",
+    "Cat",
     "CompileError",
     "Concat",
+    "Constant",
     "Conv1d",
     "Conv2d",
     "CrossEntropy",
@@ -58,6 +63,7 @@ __all__ = [
     "Flatten",
     "FlattenConsecutive",
     "GRUCell",
+    "Graph",
     "HandgradError",
     "Identity",
     "IndexRangeError",
@@ -69,7 +75,9 @@ __all__ = [
     "LinearCrossEntropy",
     "LogSoftmax",
     "Loss",
+    "Losses",
     "MaxPool2d",
+    "Multiply",
     "Parallel",
     "Product",
     "RMSNorm",

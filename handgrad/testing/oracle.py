@@ -18,6 +18,7 @@ from torch import Tensor
 
 from handgrad.testing import judge, subject
 from handgrad.testing.errors import LayerCrash, OracleError, OutputMismatch
+from handgrad.tracked import tracked_by_autograd
 
 DIRECTIONS = 3
 NEIGHBOURS = 3  # points looked at beside one that may be a kink
@@ -145,7 +146,7 @@ class _Point:
         params = {name: p.requires_grad_() for name, p in subject.parameters(owner).items() if p.is_floating_point()}
         wanted = {**leaves, **params}
         grads: Sequence[Tensor | None] = [None] * len(wanted)
-        with subject.recording(self.seed):
+        with subject.recording(self.seed), tracked_by_autograd():
             try:
                 outs = call(*self._inputs_with(leaves))
                 self._check_shapes(outs)

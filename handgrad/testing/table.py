@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from handgrad.layer import is_frozen
 from handgrad.testing import subject
+from handgrad.tracked import tracked_by_autograd
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,7 @@ def gradient_table(model: Any, loss: Any, x: Any, target: Any) -> GradientTable:
     >>> table.ok
     True
     """
-    with torch.enable_grad():
+    with torch.enable_grad(), tracked_by_autograd():
         with subject.private_rng():
             by_hand = _by_hand(subject.clone(model), subject.clone(loss), _detached(x), target)
         with subject.private_rng():
@@ -125,7 +127,7 @@ def _by_autograd(model: Any, loss: Any, x: Any, target: Any) -> Gradients:
 
     _wrap_leaves(model, note)
     for param in subject.parameters(model).values():
-        param.requires_grad_()
+        param.requires_grad_(not is_frozen(param))
     out = model.forward(x.requires_grad_() if x.is_floating_point() else x)
     out.retain_grad()
     value = loss.forward(out, target)
