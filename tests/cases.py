@@ -207,8 +207,10 @@ for kind, state in (("RNN", "N H"), ("GRU", "N H"), ("LSTM", ("N H",) * 2)):
     case(
         kind,
         "T N D",
-        lambda lib, D, H, bias, batch_first, kind=kind: getattr(lib, kind)(D, H, bias=bias, batch_first=batch_first),
-        options={"bias": BOTH, "batch_first": BOTH},
+        lambda lib, D, H, bias, batch_first, out, kind=kind: getattr(lib, kind)(
+            D, H, bias=bias, batch_first=batch_first, return_state=out
+        ),
+        options={"bias": BOTH, "batch_first": BOTH, "out": BOTH},
     )
     case(
         f"{kind} with a state",
