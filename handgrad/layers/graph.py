@@ -183,7 +183,7 @@ class Graph(Layer):
             problem = f"inputs and outputs must be names with spaces between, got {inputs!r} and {outputs!r}"
             raise ArgumentError(f"Graph: {problem}")
         self._slots = {name: slot for slot, name in enumerate(names)}
-        self._returned = tuple(self._source("the outputs", text, len(names)) for text in self.outputs)
+        self._returned = tuple(self._source("the result", text, len(names)) for text in self.outputs)
         self._steps = self._plan()
         self._refuse_unused(names)
 
@@ -236,7 +236,7 @@ class Graph(Layer):
         for name in names:
             if self._slots[name] not in used:
                 kind = "input" if name in self.inputs else "node"
-                raise ArgumentError(f"Graph: nothing that leads to the outputs reads the {kind} {name!r}; leave it out")
+                raise ArgumentError(f"Graph: nothing that leads to the result reads the {kind} {name!r}; leave it out")
 
     def forward(self, *inputs: Any) -> Any:
         if len(self.inputs) > 1 and len(inputs) == 1 and isinstance(inputs[0], tuple):
@@ -251,7 +251,7 @@ class Graph(Layer):
             values[slot] = step.layer.forward_at(step.name, x)
             for read in step.done:
                 values[read] = None
-        out = self._read("the outputs", values, self._returned, counts)
+        out = self._read("the result", values, self._returned, counts)
         self.push(counts, [spec_of(x) for x in inputs], out=out)
         return out
 
