@@ -36,7 +36,7 @@ def assert_gradients(s: Sample) -> None:
         twin = s.copy()
         with subject.recording(s.seed):
             subject.forward(twin, s.inputs)
-            dx = subject.unwrap(twin).backward()
+            dx = twin.unpack(subject.unwrap(twin).backward())
         got = {**subject.named_dx(twin, s.inputs, dx), **subject.gradients(twin)}
         want = s.run(douts=(torch.ones_like(s.douts[0]),)).grads
         judge.judge(got, want, s.same_code, " for backward() without dout, which means 1")
