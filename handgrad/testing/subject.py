@@ -105,11 +105,12 @@ def refuse_undeclared(layer: Any, inputs: tuple[Any, ...]) -> None:
     for path, inner, name, t in found:
         if f"{path}.{name}" in read:
             shape = ", ".join(f'"D{i}"' for i in range(t.dim())) if t.dim() > 1 else '"D"' * t.dim()
+            attribute = name.replace(".", "_")
             alone = "; a tensor in a list or dict needs an attribute of its own for that" if "." in name else ""
             raise ContractError(
                 f"forward of {name_of(inner)} reads {name}, a tensor that the layer does not declare, so to() leaves "
                 f"it behind on the old device and in the old dtype, and state_dict() without it; declare it at the top "
-                f"of the class: `{name.replace(".", "_")}: Tensor = buffer({shape})` (or parameter, where it is trained; "
+                f"of the class: `{attribute}: Tensor = buffer({shape})` (or parameter, where it is trained; "
                 f"buffer(..., persistent=False) where state_dict() need not have it){alone}\n{CONTRACT}"
             )
 
