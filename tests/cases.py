@@ -174,7 +174,6 @@ case(
     lambda lib, p: lib.Dropout(p),
     options={"p": [0.5, 0.2, 0.0, 1.0]},
     reference=dropped,
-    skip={"layouts": "the mask is drawn in the order of memory"},
 )
 case("Dropout of nothing and of all", "*N", lambda lib, p: lib.Dropout(p), options={"p": [0.0, 1.0]})
 
@@ -590,6 +589,11 @@ case(
         weights(D) if weighted else None, reduction=reduction, pos_weight=2 * weights(D) if weighted else None
     ),
     options={"weighted": BOTH, "reduction": REDUCTIONS},
+)
+case(
+    "Losses",
+    [("N C", "M"), ("N < C", "M")],
+    lambda lib: lib.Losses(lib.CrossEntropy(), lib.MSE(), weights=(1, 0.5)),
 )
 WEIGHTS = {
     "none": lambda N, D: None,

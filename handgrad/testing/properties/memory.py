@@ -199,16 +199,18 @@ def assert_plumbing(s: Sample) -> None:
         if isinstance(subject.unwrap(twin), Layer) and twin.pending:
             raise ContractError(f"a {how} layer must not bring its records along: {twin.pending} wait in it")
         if "state_dict" not in how:
-            _restore_buffers(twin, start)
+            _restore(twin, start)
         _same(subject.run(twin, s.inputs, s.douts, s.seed), s.result, s, f" in a {how} layer")
 
 
-def _restore_buffers(twin: Any, start: Any) -> None:
-    """Take back what the waiting forward did to the buffers."""
+def _restore(twin: Any, start: Any) -> None:
+    """Take back what the waiting forward did to buffers and generators."""
     theirs = subject.buffers(start)
     for name, b in subject.buffers(twin).items():
         if name in theirs and b.shape == theirs[name].shape:
             b.copy_(theirs[name])
+    for ours, generator in zip(subject.generators(twin), subject.generators(start)):
+        ours.set_state(generator.get_state())
 
 
 def _importable(layer: Any) -> bool:
