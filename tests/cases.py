@@ -127,6 +127,22 @@ case(
     options=NORM,
 )
 case(
+    "BatchNorm2d",
+    "N C H W",
+    lambda lib, C, eps, momentum, affine, track, unbiased: lib.BatchNorm2d(
+        C, eps, momentum, affine, track, unbiased=unbiased
+    ),
+    sizes={"N": (2, 3), "C": (1, 3), "H": (1, 3), "W": (1, 3)},
+    options=NORM | {"unbiased": BOTH},
+)
+case(
+    "BatchNorm2d channels_last",
+    "N H W C",
+    lambda lib, C, affine, track: lib.BatchNorm2d(C, affine=affine, track_running_stats=track, channels_last=True),
+    sizes={"N": (2, 3), "C": (1, 3), "H": (1, 3), "W": (1, 3)},
+    options={"affine": BOTH, "track": BOTH},
+)
+case(
     "LayerNorm",
     "*N D",
     lambda lib, D, eps, affine, bias: lib.LayerNorm(D, eps, affine, bias),
