@@ -13,7 +13,7 @@ from handgrad.errors import (
 )
 from handgrad.layer import Layer, buffer, parameter
 from handgrad.layers.activation import GELU, LeakyReLU, LogSoftmax, ReLU, Sigmoid, SiLU, Softmax, Tanh
-from handgrad.layers.attention import SelfAttention
+from handgrad.layers.attention import MultiheadAttention, SelfAttention
 from handgrad.layers.batchnorm import BatchNorm1d, BatchNorm2d
 from handgrad.layers.cells import GRUCell, LSTMCell, RNNCell
 from handgrad.layers.containers import Concat, Identity, Parallel, Product, Residual, Sequential, Sum
@@ -71,6 +71,7 @@ __all__ = [
     "LogSoftmax",
     "Loss",
     "MaxPool2d",
+    "MultiheadAttention",
     "Parallel",
     "Product",
     "RMSNorm",

@@ -105,6 +105,14 @@ class FlattenConsecutive(nn.Module):
         return out.squeeze(1) if self.size == T else out
 
 
+class MultiheadAttention(nn.MultiheadAttention):
+    """torch's, for its output alone."""
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, **masks: Tensor) -> Tensor:  # type: ignore[override]
+        out: Tensor = super().forward(query, key, value, need_weights=False, **masks)[0]  # type: ignore[arg-type]
+        return out
+
+
 class SelfAttention(nn.MultiheadAttention):
     """torch.nn.MultiheadAttention of x with itself."""
 
@@ -346,6 +354,11 @@ _twin("RNN", lambda lib, D: lib.RNN(D, D, batch_first=True), _steps(8))
 _twin("GRU", lambda lib, D: lib.GRU(D, D, batch_first=True), _steps(8))
 _twin("LSTM", lambda lib, D: lib.LSTM(D, D, batch_first=True), _steps(8))
 _twin("Unroll", lambda lib, D: lib.Unroll(lib.RNNCell(D, D)), _steps(8))
+_twin(
+    "MultiheadAttention",
+    lambda lib, D: lib.MultiheadAttention(D, 4, batch_first=True),
+    lambda N, D, dtype: _steps(16)(N, D, dtype) + 2 * _steps(8)(N // 2, D, dtype),
+)
 _twin("SelfAttention", lambda lib, D: lib.SelfAttention(D, 4), _steps(16))
 _twin("MSE", None, lambda N, D, dtype: (torch.randn(N, D, dtype=dtype), torch.randn(N, D, dtype=dtype)))
 _twin("BCEWithLogits", None, lambda N, D, dtype: (torch.randn(N, D, dtype=dtype), torch.rand(N, D, dtype=dtype)))

@@ -101,11 +101,12 @@ class BatchNorm(Layer):
 
     def backward(self, dout: Tensor, need_dx: bool = True) -> Tensor | None:
         x, mean, rstd, weight, m = self.pop(dout)
-        last = self.channels_last or x.dim() == 2  # where the channels are: in the last dimension, or in the second
-        others = 0 if x.dim() == 2 else [d for d in range(x.dim()) if d != (x.dim() - 1 if last else 1)]
+        channel = x.dim() - 1 if self.channels_last else 1
+        others = 0 if x.dim() == 2 else [*range(channel), *range(channel + 1, x.dim())]
+        ones = [1] * (x.dim() - 1 - channel)  # for the dimensions behind the channels
 
         def column(per_channel: Tensor) -> Tensor:
-            return per_channel if last else per_channel.view(-1, *[1] * (x.dim() - 2))
+            return per_channel.view(-1, *ones) if ones else per_channel
 
         def sums(dout: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             diff = x - column(mean)
