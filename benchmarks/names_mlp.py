@@ -94,14 +94,19 @@ def handgrad_model(task: Task) -> Sequential:
     """The model with the task's weights."""
     h = task.hidden
     model = Sequential(
-        Embedding(VOCABULARY, EMBEDDING), Flatten(), Linear(CONTEXT * EMBEDDING, h), BatchNorm1d(h), Tanh(), Linear(h, 27)
+        Embedding(VOCABULARY, EMBEDDING),
+        Flatten(),
+        Linear(CONTEXT * EMBEDDING, h),
+        BatchNorm1d(h),
+        Tanh(),
+        Linear(h, 27),
     )
     model.load_state_dict({k: torch.from_numpy(v) for k, v in task.weights.items()}, strict=False)
     return model
 
 
 def handgrad(task: Task, compiled: bool = False, many: bool = False, chunk: int = 8) -> Contender:
-    """Handgrad's TrainStep: eager, compiled step by step, or compiled with many steps per call, `chunk` of them per graph."""
+    """Handgrad's TrainStep: eager, compiled step by step, or many steps per call, `chunk` of them per graph."""
     model, (x, y), generator = handgrad_model(task), task.tensors(), torch.Generator().manual_seed(0)
     step = TrainStep(model, CrossEntropy(), SGD(model.parameters(), lr=LR))
     if compiled:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,9 +19,7 @@ from torch import Tensor
 from handgrad.testing import judge, subject
 from handgrad.testing.errors import GradientMismatch
 from handgrad.testing.oracle import Truth
-
-if TYPE_CHECKING:
-    from handgrad.testing.sample import Sample
+from handgrad.testing.sample import Sample
 
 F32 = torch.finfo(torch.float32).eps
 FINER = torch.finfo(torch.float64).eps / F32  # 2^-29
@@ -30,23 +28,10 @@ SPARE = 16  # how often the noise that is expected a right backward may have, as
 Example = tuple[Any, tuple[Any, ...], tuple[Tensor, ...]]  # a layer, its inputs and its douts
 
 
-def floor_of(s: Sample) -> judge.Floor:
-    """The least scale of each gradient: 1e-3 of what it is a sum of, before anything cancels.
-
-    That is the largest dout times the largest parameter, with which it is multiplied on its way to an input; and
-    times the largest input at the end of its way to a parameter.
-    """
-    parameters = subject.parameters(s.layer)
-    dout = max(map(judge.largest, s.douts + s.other_douts), default=0.0)
-    to_input = 1e-3 * dout * max([1.0, *map(judge.largest, parameters.values())])
-    to_parameter = to_input * max([1.0, *(judge.largest(x) for x in s.inputs if x.is_floating_point())])
-    return lambda name: max(s.scales.get(name, 0.0), to_parameter if name in parameters else to_input)
-
-
 def may_be_noise(failure: GradientMismatch) -> bool:
     """Whether the difference may be the rounding of something large that cancelled.
 
-    Rounding that a thousandfold scale explains (as the 1e-3 of `floor_of` allows), with a factor of 100 to spare. A
+    Rounding that a thousandfold scale explains (as the 1e-3 of `Sample.floor` allows), with a factor of 100 to spare. A
     larger difference is certainly a fault, and needs no second look.
     """
     got, want, allowed = (failure.details.get(key) for key in ("got", "want", "allowed"))

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from handgrad.testing import judge, rounding, subject
+from handgrad.testing import judge, subject
 from handgrad.testing.oracle import Oracle, Truth
 
 
@@ -50,8 +50,16 @@ class Sample:
 
     @cached_property
     def floor(self) -> judge.Floor:
-        """The least scale that a gradient is judged by."""
-        return rounding.floor_of(self)
+        """The least scale that a gradient is judged by: 1e-3 of what it is a sum of, before anything cancels.
+
+        That is the largest dout times the largest parameter, with which it is multiplied on its way to an input; and
+        times the largest input at the end of its way to a parameter.
+        """
+        parameters = subject.parameters(self.layer)
+        dout = max(map(judge.largest, self.douts + self.other_douts), default=0.0)
+        to_input = 1e-3 * dout * max([1.0, *map(judge.largest, parameters.values())])
+        to_parameter = to_input * max([1.0, *(judge.largest(x) for x in self.inputs if x.is_floating_point())])
+        return lambda name: max(self.scales.get(name, 0.0), to_parameter if name in parameters else to_input)
 
     @cached_property
     def same_code(self) -> judge.Limit:
