@@ -195,6 +195,7 @@ case(
 case("Dropout of nothing and of all", "*N", lambda lib, p: lib.Dropout(p), options={"p": [0.0, 1.0]})
 
 # ---------------------------------------------------------------------- layers/attention.py
+torch.backends.cuda.enable_flash_sdp(False)  # on the CPU, too: its backward loses digits where scores are large
 case(
     "SelfAttention",
     "*N T D",
@@ -271,7 +272,8 @@ class MaskedModule(nn.Module):
         self.attention, self.kinds = attention, kinds
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        out: Tensor = self.attention(query, key, value, **self.masks(query, key))
+        masks = self.masks(query, key) if key.numel() else {}  # torch cannot take masks of nothing
+        out: Tensor = self.attention(query, key, value, **masks)
         return out
 
 

@@ -558,3 +558,13 @@ faults(
         "self.add_grad(self.bias, dbias / max(len(x), 1))",
     ),
 )
+faults(
+    hg.MultiheadAttention,
+    ("softmax's sum forgotten", "ds = torch.addcmul(ds, p, ds.sum(-1, keepdim=True), value=-1)", "pass"),
+    ("the sum over the queries", "ds.sum(-1, keepdim=True)", "ds.sum(-2, keepdim=True)"),
+    ("softmax's slope at what dropout left", "torch.addcmul(ds, p,", "torch.addcmul(ds, a,"),
+    ("dv through all probabilities: right without dropout", "a.mT.bmm(dy)", "p.mT.bmm(dy)"),
+    ("dkey and dvalue exchanged", "*(dq, dk, dv)[i", "*(dq, dv, dk)[i"),
+    ("the scale forgotten in dq", " / math.sqrt(q.shape[-1])", ""),
+    ("dquery left out, and not asked for", "if need_dx or dxs else None", "if dxs else None"),
+)
