@@ -21,7 +21,7 @@ from handgrad.layers.conv import Conv1d, Conv2d
 from handgrad.layers.dropout import Dropout
 from handgrad.layers.flatten import Flatten, FlattenConsecutive
 from handgrad.layers.linear import Linear
-from handgrad.layers.normalization import LayerNorm, RMSNorm
+from handgrad.layers.normalization import GroupNorm, LayerNorm, RMSNorm
 from handgrad.layers.pooling import AvgPool2d, MaxPool2d
 from handgrad.layers.recurrent import GRU, LSTM, RNN, Unroll
 from handgrad.layers.sparse import Embedding
@@ -59,6 +59,7 @@ __all__ = [
     "Flatten",
     "FlattenConsecutive",
     "GRUCell",
+    "GroupNorm",
     "HandgradError",
     "Identity",
     "IndexRangeError",

@@ -34,6 +34,7 @@ from torch.nn import (  # noqa: F401 - the same under the same name
     Dropout,
     Embedding,
     Flatten,
+    GroupNorm,
     GRUCell,
     Identity,
     LayerNorm,
@@ -341,6 +342,7 @@ _twin("Softmax", lambda lib, D: lib.Softmax(-1))
 _twin("LogSoftmax", lambda lib, D: lib.LogSoftmax(-1))
 _twin("LayerNorm", lambda lib, D: lib.LayerNorm(D))
 _twin("RMSNorm", lambda lib, D: lib.RMSNorm(D))
+_twin("GroupNorm", lambda lib, D: lib.GroupNorm(2, 4), _image)
 _twin("Dropout", lambda lib, D: lib.Dropout(0.5), random=True)
 _twin("Conv1d", lambda lib, D: lib.Conv1d(8, 8, 3, padding=1), _reshaped(8, -1))
 _twin("Conv2d", lambda lib, D: lib.Conv2d(4, 8, 3, padding=1), _image)

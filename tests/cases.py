@@ -172,6 +172,13 @@ case(
     lambda lib, D: lib.RMSNorm(D),
     skip={"dtypes": "eps is that of the dtype: in float32 it is another function"},
 )
+case(
+    "GroupNorm",
+    "N 6 *L",
+    lambda lib, groups, eps, affine: lib.GroupNorm(groups, 6, eps, affine),
+    sizes={"N": (1, 3), "*L": (0, 2)},
+    options={"groups": [1, 2, 3, 6], "eps": [1e-5, 0.1], "affine": BOTH},
+)
 
 # ---------------------------------------------------------------------- layers/dropout.py
 

@@ -568,3 +568,12 @@ faults(
     ("the scale forgotten in dq", " / math.sqrt(q.shape[-1])", ""),
     ("dquery left out, and not asked for", "if need_dx or dxs else None", "if dxs else None"),
 )
+faults(
+    hg.GroupNorm,
+    ("the path through the mean forgotten", "dxhat - _avg(dxhat, (2, 3))", "dxhat"),
+    ("the path through the variance forgotten", " - xhat * _avg(dxhat * xhat, (2, 3))", ""),
+    ("the mean of each channel, not of its group", "_avg(dxhat, (2, 3))", "_avg(dxhat, 3)"),
+    ("weight forgotten in dx: right for weight 1", "dxhat = dout * gain", "dxhat = dout"),
+    ("dweight of x - mean, not of xhat", "(dout * xhat).sum((0, 3))", "(dout * (x - mean)).sum((0, 3))"),
+    ("dbias averaged over the rows", "dout.sum((0, 3))", "dout.sum(3).mean(0)"),
+)
