@@ -347,8 +347,10 @@ for kind, state in (("RNN", "N H"), ("GRU", "N H"), ("LSTM", ("N H",) * 2)):
     case(
         kind,
         "T N D",
-        lambda lib, D, H, bias, batch_first, kind=kind: getattr(lib, kind)(D, H, bias=bias, batch_first=batch_first),
-        options={"bias": BOTH, "batch_first": BOTH},
+        lambda lib, D, H, bias, batch_first, out, kind=kind: getattr(lib, kind)(
+            D, H, bias=bias, batch_first=batch_first, return_state=out
+        ),
+        options={"bias": BOTH, "batch_first": BOTH, "out": BOTH},
     )
     case(
         f"{kind} with a state",
@@ -481,7 +483,11 @@ case(
 )
 
 # ---------------------------------------------------------------------- layers/containers.py
-case("Sequential", "*N D", lambda lib, D, H, K: lib.Sequential(lib.Linear(D, H), lib.Tanh(), lib.Linear(H, K)))
+case(
+    "Sequential",
+    "*N D",
+    lambda lib, D, H, K: lib.Sequential(lib.Linear(D, H), lib.Linear(H, H), lib.Tanh(), lib.Linear(H, K)),
+)
 case("Sequential of nothing", "*N", lambda lib: lib.Sequential())
 case(
     "Sequential of the names MLP",
@@ -591,6 +597,26 @@ case(
 )
 case("from_torch GELU", "*N", lambda lib: lib.from_torch(nn.GELU()), covers=ModuleLayer)
 
+
+class Mixed(nn.Module):
+    """Inputs of numbers, of indices, and one that is not used; outputs in tuples; gradients in the same memory."""
+
+    def __init__(self, N: int, D: int, V: int) -> None:
+        super().__init__()
+        self.table = nn.Embedding(V, D)
+        self.a, self.b, self.c, self.unused = (nn.Parameter(torch.zeros(N, D)) for _ in range(4))
+
+    def forward(self, x: Tensor, index: Tensor, other: Tensor) -> tuple[Tensor, tuple[Tensor]]:
+        return 2 * (x + self.a + self.table(index)), (2 * (self.b + self.c).sum(),)
+
+
+case(
+    "from_torch of several inputs and outputs",
+    ["N D", "N < V", "M"],
+    lambda lib, N, D, V: lib.from_torch(Mixed(N, D, V)),
+    covers=ModuleLayer,
+)
+
 # ---------------------------------------------------------------------- losses
 
 
@@ -612,11 +638,13 @@ case(
     options={"weighted": BOTH, "ignored": BOTH, "smoothing": [0.0, 0.2], "reduction": REDUCTIONS},
 )
 case("CrossEntropy of one row", ["C", "< C"])
+case("CrossEntropy without options", ["N C", "N < C"])
 case(
     "LinearCrossEntropy with ignored rows",
     ["N D", "N < V"],
     lambda lib, D, V: lib.LinearCrossEntropy(D, V, bias=True, ignore_index=0, chunk_size=2),
 )
+case("LinearCrossEntropy without options", ["N D", "N < V"], lambda lib, D, V: lib.LinearCrossEntropy(D, V))
 case(
     "LinearCrossEntropy",
     ["*N D", "*N < V"],

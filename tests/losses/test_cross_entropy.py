@@ -33,6 +33,12 @@ def test_where_nothing_counts_the_mean_is_nan_and_the_gradient_zero(weight):
     assert not loss.backward().any()
 
 
+def test_rows_of_classes_without_weight_count_as_little_as_ignored_ones():
+    loss = CrossEntropy(torch.tensor([0.0, 1.0, 2.0]))
+    assert loss(torch.randn(2, 3), torch.tensor([0, 0])).isnan()
+    assert not loss.backward().any()
+
+
 @pytest.mark.parametrize("shape", [(3,), (2, 3), (2, 3, 4), (2, 3, 2, 2)])
 @pytest.mark.parametrize("options", [{}, {"reduction": "none"}, {"label_smoothing": 0.2}, {"ignore_index": 1}])
 @pytest.mark.parametrize("weighted", [False, True])
