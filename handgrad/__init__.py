@@ -22,9 +22,10 @@ from handgrad.layers.dropout import Dropout
 from handgrad.layers.flatten import Flatten, FlattenConsecutive
 from handgrad.layers.linear import Linear
 from handgrad.layers.normalization import GroupNorm, LayerNorm, RMSNorm
-from handgrad.layers.pooling import AvgPool2d, MaxPool2d
+from handgrad.layers.pooling import AdaptiveAvgPool2d, AvgPool2d, MaxPool2d
 from handgrad.layers.recurrent import GRU, LSTM, RNN, Unroll
 from handgrad.layers.sparse import Embedding
+from handgrad.layers.upsample import Upsample
 from handgrad.losses.bce import BCEWithLogits
 from handgrad.losses.cross_entropy import CrossEntropy
 from handgrad.losses.linear_cross_entropy import LinearCrossEntropy
@@ -43,6 +44,7 @@ __all__ = [
     "MSE",
     "RNN",
     "SGD",
+    "AdaptiveAvgPool2d",
     "ArgumentError",
     "AvgPool2d",
     "BCEWithLogits",
@@ -91,6 +93,7 @@ __all__ = [
     "Tanh",
     "TrainStep",
     "Unroll",
+    "Upsample",
     "buffer",
     "from_torch",
     "keep_freed_memory",

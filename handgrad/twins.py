@@ -28,6 +28,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import (  # noqa: F401 - the same under the same name
     GELU,
+    AdaptiveAvgPool2d,
     AvgPool2d,
     Conv1d,
     Conv2d,
@@ -51,6 +52,7 @@ from torch.nn import (  # noqa: F401 - the same under the same name
     SiLU,
     Softmax,
     Tanh,
+    Upsample,
 )
 from torch.nn.functional import cross_entropy
 
@@ -348,6 +350,8 @@ _twin("Conv1d", lambda lib, D: lib.Conv1d(8, 8, 3, padding=1), _reshaped(8, -1))
 _twin("Conv2d", lambda lib, D: lib.Conv2d(4, 8, 3, padding=1), _image)
 _twin("MaxPool2d", lambda lib, D: lib.MaxPool2d(2), _image)
 _twin("AvgPool2d", lambda lib, D: lib.AvgPool2d(2), _image)
+_twin("AdaptiveAvgPool2d", lambda lib, D: lib.AdaptiveAvgPool2d(1), _image)
+_twin("Upsample", lambda lib, D: lib.Upsample(scale_factor=2), _image)
 _twin("FlattenConsecutive", lambda lib, D: lib.FlattenConsecutive(2), _reshaped(4, -1))
 _twin("RNNCell", lambda lib, D: lib.RNNCell(D, D))
 _twin("GRUCell", lambda lib, D: lib.GRUCell(D, D))

@@ -481,6 +481,42 @@ case(
     sizes=PLANE,
     options=POOL | {"count": BOTH, "divisor": [None, 3, -7]},
 )
+case(
+    "AdaptiveAvgPool2d",
+    "*N C H W",
+    lambda lib, size: lib.AdaptiveAvgPool2d(size),
+    sizes={"*N": (0, 1), "H": (1, 7), "W": (1, 5)},
+    options={"size": [1, 3, (2, 3), (4, 1), 5, (None, 2), (3, None), (None, None)]},
+)
+
+# ---------------------------------------------------------------------- layers/upsample.py
+# factors that leave no size as it is, or exactly doubled, but 1 and 2: there torch's layouts differ in their rule
+case(
+    "Upsample",
+    "N C H W",
+    lambda lib, by: lib.Upsample(**by),
+    sizes={"N": (1, 2), "C": (1, 2)},
+    options={
+        "by": [{"size": s} for s in (1, 3, (4, 2), (5, 7))]
+        + [{"scale_factor": s} for s in (2, 1, 1.5, 3.7, (1.0, 2.5), (3, 1), (2.9, 1.6))]
+    },
+)
+case(
+    "Upsample to smaller ones", "N C H W", lambda lib: lib.Upsample(scale_factor=0.6), sizes={"H": (3, 5), "W": (3, 5)}
+)
+case(
+    "Upsample of a sequence",
+    "N C L",
+    lambda lib, by: lib.Upsample(**by),
+    options={"by": [{"size": 5}, {"scale_factor": 2.6}]},
+)
+case(
+    "Upsample of a volume",
+    "N 1 D H W",
+    lambda lib, by: lib.Upsample(**by),
+    sizes={"N": (1, 2), "D": (1, 2), "H": (1, 2), "W": (1, 3)},
+    options={"by": [{"size": (2, 3, 4)}, {"scale_factor": (1.0, 2.0, 1.5)}]},
+)
 
 # ---------------------------------------------------------------------- layers/containers.py
 case(

@@ -569,3 +569,25 @@ faults(
     ("dweight of x - mean, not of xhat", "(dout * xhat).sum((0, 3))", "(dout * (x - mean)).sum((0, 3))"),
     ("dbias averaged over the rows", "dout.sum((0, 3))", "dout.sum(3).mean(0)"),
 )
+faults(
+    hg.AdaptiveAvgPool2d,
+    ("the slope 1 for the share", " / (end - start)", ""),
+    ("windows that do not overlap", "((t + 1) * size + count - 1) // count", "(t + 1) * size // count"),
+    ("the first row of a window forgotten", "h >= start", "h > start"),
+    method="_shares",
+)
+faults(
+    hg.AdaptiveAvgPool2d,
+    ("the mean of dout everywhere", "dout.mT @ P", "dout.mT.mean((-2, -1), keepdim=True).expand_as(dout.mT) @ P"),
+    ("dout written to", "dout.mT @ P", "dout.mul_(1).mT @ P", "ownership"),
+    ("dx in float32", "(dout.mT @ P).mT @ Q", "((dout.mT @ P).mT @ Q).float()"),
+)
+faults(
+    hg.Upsample,
+    ("the last dout for the sum of all", "index_add_(dim, index, dx)", "index_copy_(dim, index, dx)"),
+    ("the mean for the sum", "return dx", "return dx * (dx.numel() / max(dout.numel(), 1))"),
+    ("the next position", "(dim, index, dx)", "(dim, (index + 1).clamp_max(shape[dim] - 1), dx)"),
+    ("rows in reversed order", "return dx", "return dx.flip(2)"),
+    ("dout written to", "dx = dout", "dx = dout.mul_(1)", "ownership"),
+    ("dx in float32", "return dx", "return dx.float()"),
+)
