@@ -17,7 +17,7 @@ from handgrad.layers.attention import MultiheadAttention, SelfAttention
 from handgrad.layers.batchnorm import BatchNorm1d, BatchNorm2d
 from handgrad.layers.cells import GRUCell, LSTMCell, RNNCell
 from handgrad.layers.containers import Concat, Identity, Parallel, Product, Residual, Sequential, Sum
-from handgrad.layers.conv import Conv1d, Conv2d
+from handgrad.layers.conv import Conv1d, Conv2d, ConvTranspose2d
 from handgrad.layers.dropout import Dropout
 from handgrad.layers.flatten import Flatten, FlattenConsecutive
 from handgrad.layers.linear import Linear
@@ -54,6 +54,7 @@ __all__ = [
     "Concat",
     "Conv1d",
     "Conv2d",
+    "ConvTranspose2d",
     "CrossEntropy",
     "Dropout",
     "DtypeError",

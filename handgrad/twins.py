@@ -32,6 +32,7 @@ from torch.nn import (  # noqa: F401 - the same under the same name
     AvgPool2d,
     Conv1d,
     Conv2d,
+    ConvTranspose2d,
     Dropout,
     Embedding,
     Flatten,
@@ -348,6 +349,7 @@ _twin("GroupNorm", lambda lib, D: lib.GroupNorm(2, 4), _image)
 _twin("Dropout", lambda lib, D: lib.Dropout(0.5), random=True)
 _twin("Conv1d", lambda lib, D: lib.Conv1d(8, 8, 3, padding=1), _reshaped(8, -1))
 _twin("Conv2d", lambda lib, D: lib.Conv2d(4, 8, 3, padding=1), _image)
+_twin("ConvTranspose2d", lambda lib, D: lib.ConvTranspose2d(4, 8, 4, 2, 1), _image)
 _twin("MaxPool2d", lambda lib, D: lib.MaxPool2d(2), _image)
 _twin("AvgPool2d", lambda lib, D: lib.AvgPool2d(2), _image)
 _twin("AdaptiveAvgPool2d", lambda lib, D: lib.AdaptiveAvgPool2d(1), _image)

@@ -447,6 +447,35 @@ case(
     options={"kernel": [3, (4, 3), (3, 2), (2, 4)], "dilation": [1, (3, 1)], "groups": [1, 2]},
     reference=padded,
 )
+case(
+    "ConvTranspose2d",
+    "N C H W",
+    lambda lib, C, window, stride, rest, dilation, bias: lib.ConvTranspose2d(
+        C, 2, window[0], stride, window[1], min(rest, stride - 1), 1, bias, dilation
+    ),
+    sizes={"N": (1, 2), "C": (1, 2), "H": (1, 3), "W": (1, 3)},
+    options={
+        "window": [((2, 3), 0), ((2, 3), (0, 1)), (2, 1), ((1, 3), 0), (3, (2, 1))],  # kernel_size and padding
+        "stride": [1, 2, 3],
+        "rest": [0, 1, 2],
+        "dilation": [1, (2, 1), 3],
+        "bias": BOTH,
+    },
+)
+case(
+    "ConvTranspose2d in groups",
+    "4 H W",
+    lambda lib, groups, stride, bias: lib.ConvTranspose2d(4, 8, (3, 2), stride, 1, groups=groups, bias=bias),
+    sizes={"H": (2, 3), "W": (2, 3)},
+    options={"groups": [2, 4], "stride": [1, (2, 1)], "bias": BOTH},
+)
+case(
+    "ConvTranspose2d with room for one position more",
+    "N 1 H W",
+    lambda lib, rest: lib.ConvTranspose2d(1, 2, 2, (1, 2), 0, rest, dilation=(3, 4)),
+    sizes={"N": (1, 2), "H": (1, 3), "W": (1, 3)},
+    options={"rest": [(1, 0), (2, 3)]},
+)
 
 # ---------------------------------------------------------------------- layers/pooling.py
 POOL: dict[str, Any] = {

@@ -358,18 +358,18 @@ faults(
 
 faults(
     hg.SelfAttention,
-    ("softmax's sum forgotten", "(dp - (dp * p).sum(-1, keepdim=True))", "dp"),
+    ("softmax's sum forgotten", "ds = torch.addcmul(ds, p, ds.sum(-1, keepdim=True), value=-1)", "pass"),
     ("the sum over the queries", ".sum(-1, keepdim=True)", ".sum(-2, keepdim=True)"),
     ("the scale forgotten in dq", " / math.sqrt(q.shape[-1])", ""),
     ("the scale twice in dk", "ds.mT.bmm(q)", "ds.mT.bmm(q) / math.sqrt(q.shape[-1])"),
-    ("p not transposed in dv", "p.mT.bmm(dy)", "p.bmm(dy)"),
-    ("q and k exchanged", "self._merge(dq, dk, dv)", "self._merge(dk, dq, dv)"),
+    ("p not transposed in dv", "a.mT.bmm(dy)", "a.bmm(dy)"),
+    ("q and k exchanged", "*(dq, dk, dv)[i", "*(dk, dq, dv)[i"),
     (
         "the output projection skipped",
-        'self.out_proj.backward_at("out_proj", dout)',
+        'self.out_proj.backward_at("out_proj", self._by_batch(dout))',
         '(self.out_proj.backward_at("out_proj", dout), dout)[1]',
     ),
-    ("written into p", "(dp * p).sum(", "p.mul_(dp).sum("),
+    ("written into p", "ds = da * a", "ds = a.mul_(da)"),
 )
 faults(
     hg.RNNCell,
@@ -467,7 +467,7 @@ faults(
     ("dx without padding", "weight, None, self.stride, self.padding", "weight, None, self.stride, 0"),
     ("groups forgotten in dx", "rest, self.groups, self.dilation", "rest, 1, self.dilation"),
     ("the unread end forgotten", "self.padding, rest,", "self.padding, 0,"),
-    ("dbias of the first row", "drows.sum([0,", "drows[:1].sum([0,"),
+    ("dbias of the first row", "self._dbias(dout)", "self._dbias(dout[:1])"),
     ("kernel turned round in dx", "self.conv_transpose(dout, weight,", "self.conv_transpose(dout, weight.flip(-1),"),
     ("the asymmetric zeros kept", "if self.extra else dx", "if False else dx"),
 )
@@ -590,4 +590,14 @@ faults(
     ("rows in reversed order", "return dx", "return dx.flip(2)"),
     ("dout written to", "dx = dout", "dx = dout.mul_(1)", "ownership"),
     ("dx in float32", "return dx", "return dx.float()"),
+)
+faults(
+    hg.ConvTranspose2d,
+    ("dbias averaged over the rows", "self._dbias(dout)", "self._dbias(dout) / max(len(dout), 1)"),
+    ("dx without the dilation", "self.padding, self.dilation, self.groups)", "self.padding, 1, self.groups)"),
+    ("dx without the padding", "self.stride, self.padding, self.dilation", "self.stride, 0, self.dilation"),
+    ("dx through the kernel turned round", "self.conv(dout, weight,", "self.conv(dout, weight.flip(-1),"),
+    ("dweight turned round", "self._dweight(dout, x)", "self._dweight(dout, x).flip(-1)"),
+    ("dweight summed over one sample", "self._dweight(dout, x)", "self._dweight(dout[:3], x[:3])"),
+    ("dx with output_padding's rest", "narrow(dim, 0, size)", "narrow(dim, dx.shape[dim] - size, size)"),
 )
