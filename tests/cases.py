@@ -703,6 +703,21 @@ case(
     options={"weighted": BOTH, "ignored": BOTH, "smoothing": [0.0, 0.2], "reduction": REDUCTIONS},
 )
 case("CrossEntropy of one row", ["C", "< C"])
+case(
+    "CrossEntropy of probabilities",
+    ["N C *D", "N C *D in 0 1"],
+    lambda lib, C, weighted, smoothing, reduction: lib.CrossEntropy(
+        weights(C) if weighted else None, label_smoothing=smoothing, reduction=reduction
+    ),
+    sizes={"*D": (0, 2)},
+    options={"weighted": BOTH, "smoothing": [0.0, 0.2], "reduction": REDUCTIONS},
+)
+case(
+    "CrossEntropy of the probabilities of one row",
+    ["C", "C in 0 1"],
+    lambda lib, reduction: lib.CrossEntropy(reduction=reduction),
+    options={"reduction": REDUCTIONS},
+)
 case("CrossEntropy without options", ["N C", "N < C"])
 case(
     "LinearCrossEntropy with ignored rows",
