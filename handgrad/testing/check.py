@@ -97,9 +97,7 @@ def check_layer(
     return check_plan(plan, skip or {}, examples, reproduce)
 
 
-def check_loss(
-    make: Callable[..., Any], x: str | Sequence[Any], target: str | Sequence[Any], **what: Any
-) -> Report:
+def check_loss(make: Callable[..., Any], x: str | Sequence[Any], target: str | Sequence[Any], **what: Any) -> Report:
     """Prove a loss's backward: as `check_layer`, for a Loss with a second input that has no gradient.
 
     x, and target, may be a tuple of entries: that of a loss of several outputs, ``x=("N D", "N")``.

@@ -73,7 +73,9 @@ def hints(s: Sample, details: dict[str, Any]) -> list[Hint]:
     elif isinstance(want, Tensor) and got is None and details.get("tensor") in subject.parameters(s.layer):
         found.append(Hint("backward never adds to it: add_grad(parameter, gradient)"))
     elif isinstance(got, Tensor) and want is None and details.get("tensor") in subject.frozen(s.layer):
-        found.append(Hint("it is frozen: add_grad(parameter, gradient) passes it over, an assignment to .grad does not"))
+        found.append(
+            Hint("it is frozen: add_grad(parameter, gradient) passes it over, an assignment to .grad does not")
+        )
     if details.get("property") == "gradients":
         found = [*_order_of_uses(s), *found, *_passes_when(s, details)]
     return found

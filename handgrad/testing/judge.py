@@ -120,7 +120,10 @@ def _failure_of(
         finite = torch.isfinite(want)
         bad = ~torch.where(finite, error <= allowed, same(got, want))
     else:
-        allowed, error = torch.zeros_like(want, dtype=torch.float64), (got.double() - want.double()).abs()  # also of bool
+        allowed, error = (
+            torch.zeros_like(want, dtype=torch.float64),
+            (got.double() - want.double()).abs(),
+        )  # also of bool
         bad = got != want
     ratios = torch.where(torch.isfinite(want.double()), error / allowed.clamp(min=1e-300), 0)
     compared(want.numel(), float(ratios.max()) if want.numel() and not bad.any() else 0.0)

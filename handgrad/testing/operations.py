@@ -17,8 +17,28 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 DRAWS = frozenset(
-    "rand rand_like randn randn_like randint randint_like randperm multinomial normal poisson bernoulli native_dropout "
-    "uniform_ normal_ random_ bernoulli_ exponential_ geometric_ log_normal_ cauchy_".split()
+    [
+        "rand",
+        "rand_like",
+        "randn",
+        "randn_like",
+        "randint",
+        "randint_like",
+        "randperm",
+        "multinomial",
+        "normal",
+        "poisson",
+        "bernoulli",
+        "native_dropout",
+        "uniform_",
+        "normal_",
+        "random_",
+        "bernoulli_",
+        "exponential_",
+        "geometric_",
+        "log_normal_",
+        "cauchy_",
+    ]
 )
 INTEGERS = ("randint", "randperm", "multinomial")  # what they draw is integer unless a dtype says otherwise
 

@@ -155,7 +155,9 @@ def test_a_graph_with_shared_frozen_and_constant_layers():
     )
     table = gradient_table(model, MSE(), (torch.randn(5, 3), torch.randint(10, (5,))), torch.randn(5, 4))
     assert table.ok
-    assert {"l.dx (Linear, use 1)", "l.dx (Linear, use 2)", "s.dx[0] (Multiply)", "s.dx[1] (Multiply)"} <= {*names(table)}
+    assert {"l.dx (Linear, use 1)", "l.dx (Linear, use 2)", "s.dx[0] (Multiply)", "s.dx[1] (Multiply)"} <= {
+        *names(table)
+    }
     constant = {"c.body.weight": "no gradient", "c.body.bias": "no gradient"}
     assert notes(table) == {"h.weight": "frozen", "h.bias": "frozen", **constant}
 
