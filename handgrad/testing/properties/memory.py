@@ -190,10 +190,11 @@ def assert_plumbing(s: Sample) -> None:
     if _importable(subject.unwrap(layer)):
         twins["pickled"] = pickle.loads(pickle.dumps(layer))
     if hasattr(layer, "state_dict") and hasattr(layer, "load_state_dict"):
-        stranger = s.copy()
-        for tensor in {**subject.parameters(stranger), **subject.buffers(stranger)}.values():
+        stranger, state = s.copy(), {name: t.clone() for name, t in start.state_dict().items()}
+        carried = {name: b for name, b in subject.buffers(stranger).items() if name in state}  # those that persist
+        for tensor in {**subject.parameters(stranger), **carried}.values():
             tensor.zero_()
-        stranger.load_state_dict({name: t.clone() for name, t in start.state_dict().items()})
+        stranger.load_state_dict(state)
         twins["loaded by state_dict"] = stranger
     for how, twin in twins.items():
         if isinstance(subject.unwrap(twin), Layer) and twin.pending:
