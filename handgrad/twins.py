@@ -28,12 +28,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import (  # noqa: F401 - the same under the same name
     GELU,
+    AdaptiveAvgPool2d,
     AvgPool2d,
     Conv1d,
     Conv2d,
+    ConvTranspose2d,
     Dropout,
     Embedding,
     Flatten,
+    GroupNorm,
     GRUCell,
     Identity,
     LayerNorm,
@@ -49,6 +52,7 @@ from torch.nn import (  # noqa: F401 - the same under the same name
     SiLU,
     Softmax,
     Tanh,
+    Upsample,
 )
 from torch.nn.functional import cross_entropy
 
@@ -58,31 +62,37 @@ from handgrad.layer import Layer, arity
 CrossEntropy, MSE, BCEWithLogits = nn.CrossEntropyLoss, nn.MSELoss, nn.BCEWithLogitsLoss
 
 
-def BatchNorm1d(  # noqa: N802 - stands for a class
-    *args: Any, unbiased: bool = False, channels_last: bool = False, **options: Any
+def _batch_norm(
+    module: type[nn.Module], *args: Any, unbiased: bool = False, channels_last: bool = False, **options: Any
 ) -> nn.Module:
-    """Torch's module itself, wrapped only for what it does not have."""
+    """Torch's module itself, and another only for what it does not have."""
     if unbiased or channels_last:
-        return _BatchNorm1d(*args, unbiased=unbiased, channels_last=channels_last, **options)
-    return nn.BatchNorm1d(*args, **options)
+        return _BatchNorm(*args, unbiased=unbiased, channels_last=channels_last, **options)
+    return module(*args, **options)
 
 
-class _BatchNorm1d(nn.BatchNorm1d):
+class _BatchNorm(nn.modules.batchnorm._BatchNorm):
     """torch's module with n - 1 in the batch's variance, or for channels in the last dimension."""
 
     def __init__(self, *args: Any, unbiased: bool, channels_last: bool, **options: Any) -> None:
         super().__init__(*args, **options)
         self.unbiased, self.channels_last = unbiased, channels_last
 
+    def _check_input_dim(self, input: Tensor) -> None:
+        """Take x of any number of dimensions."""
+
     def forward(self, x: Tensor) -> Tensor:
-        rows = x.reshape(-1, x.shape[-1]) if self.channels_last else x
+        rows = x.movedim(-1, 1) if self.channels_last else x
         out: Tensor = super().forward(rows)  # the running statistics have n - 1 in any case
         if self.unbiased and (self.training or self.running_mean is None):
             var, mean = torch.var_mean(rows, [d for d in range(rows.dim()) if d != 1], keepdim=True)
             out = (rows - mean) / (var + self.eps).sqrt()
             if self.affine:
                 out = out * self.weight.view_as(mean[0]) + self.bias.view_as(mean[0])
-        return out.reshape(x.shape)
+        return out.movedim(1, -1) if self.channels_last else out
+
+
+BatchNorm1d, BatchNorm2d = partial(_batch_norm, nn.BatchNorm1d), partial(_batch_norm, nn.BatchNorm2d)
 
 
 class FlattenConsecutive(nn.Module):
@@ -96,6 +106,14 @@ class FlattenConsecutive(nn.Module):
         N, T, C = x.shape
         out = x.reshape(N, T // self.size, self.size * C)
         return out.squeeze(1) if self.size == T else out
+
+
+class MultiheadAttention(nn.MultiheadAttention):
+    """torch's, for its output alone."""
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, **masks: Tensor) -> Tensor:  # type: ignore[override]
+        out: Tensor = super().forward(query, key, value, need_weights=False, **masks)[0]  # type: ignore[arg-type]
+        return out
 
 
 class SelfAttention(nn.MultiheadAttention):
@@ -400,6 +418,7 @@ def _twin(name: str, make: Callable[[Any, int], Any] | None = None, inputs: Make
 
 _twin("Linear", lambda lib, D: lib.Linear(D, D))
 _twin("BatchNorm1d", lambda lib, D: lib.BatchNorm1d(D))
+_twin("BatchNorm2d", lambda lib, D: lib.BatchNorm2d(4), _image)
 _twin("Tanh")
 _twin("CrossEntropy", None, rows_and_labels)
 _twin("Embedding", lambda lib, D: lib.Embedding(D, D), lambda N, D, dtype: (torch.randint(D, (N,)),))
@@ -413,11 +432,15 @@ _twin("Softmax", lambda lib, D: lib.Softmax(-1))
 _twin("LogSoftmax", lambda lib, D: lib.LogSoftmax(-1))
 _twin("LayerNorm", lambda lib, D: lib.LayerNorm(D))
 _twin("RMSNorm", lambda lib, D: lib.RMSNorm(D))
+_twin("GroupNorm", lambda lib, D: lib.GroupNorm(2, 4), _image)
 _twin("Dropout", lambda lib, D: lib.Dropout(0.5), random=True)
 _twin("Conv1d", lambda lib, D: lib.Conv1d(8, 8, 3, padding=1), _reshaped(8, -1))
 _twin("Conv2d", lambda lib, D: lib.Conv2d(4, 8, 3, padding=1), _image)
+_twin("ConvTranspose2d", lambda lib, D: lib.ConvTranspose2d(4, 8, 4, 2, 1), _image)
 _twin("MaxPool2d", lambda lib, D: lib.MaxPool2d(2), _image)
 _twin("AvgPool2d", lambda lib, D: lib.AvgPool2d(2), _image)
+_twin("AdaptiveAvgPool2d", lambda lib, D: lib.AdaptiveAvgPool2d(1), _image)
+_twin("Upsample", lambda lib, D: lib.Upsample(scale_factor=2), _image)
 _twin("FlattenConsecutive", lambda lib, D: lib.FlattenConsecutive(2), _reshaped(4, -1))
 _twin("RNNCell", lambda lib, D: lib.RNNCell(D, D))
 _twin("GRUCell", lambda lib, D: lib.GRUCell(D, D))
@@ -426,6 +449,11 @@ _twin("RNN", lambda lib, D: lib.RNN(D, D, batch_first=True), _steps(8))
 _twin("GRU", lambda lib, D: lib.GRU(D, D, batch_first=True), _steps(8))
 _twin("LSTM", lambda lib, D: lib.LSTM(D, D, batch_first=True), _steps(8))
 _twin("Unroll", lambda lib, D: lib.Unroll(lib.RNNCell(D, D)), _steps(8))
+_twin(
+    "MultiheadAttention",
+    lambda lib, D: lib.MultiheadAttention(D, 4, batch_first=True),
+    lambda N, D, dtype: _steps(16)(N, D, dtype) + 2 * _steps(8)(N // 2, D, dtype),
+)
 _twin("SelfAttention", lambda lib, D: lib.SelfAttention(D, 4), _steps(16))
 _twin("MSE", None, lambda N, D, dtype: (torch.randn(N, D, dtype=dtype), torch.randn(N, D, dtype=dtype)))
 _twin("BCEWithLogits", None, lambda N, D, dtype: (torch.randn(N, D, dtype=dtype), torch.rand(N, D, dtype=dtype)))

@@ -127,6 +127,22 @@ case(
     options=NORM,
 )
 case(
+    "BatchNorm2d",
+    "N C H W",
+    lambda lib, C, eps, momentum, affine, track, unbiased: lib.BatchNorm2d(
+        C, eps, momentum, affine, track, unbiased=unbiased
+    ),
+    sizes={"N": (2, 3), "C": (1, 3), "H": (1, 3), "W": (1, 3)},
+    options=NORM | {"unbiased": BOTH},
+)
+case(
+    "BatchNorm2d channels_last",
+    "N H W C",
+    lambda lib, C, affine, track: lib.BatchNorm2d(C, affine=affine, track_running_stats=track, channels_last=True),
+    sizes={"N": (2, 3), "C": (1, 3), "H": (1, 3), "W": (1, 3)},
+    options={"affine": BOTH, "track": BOTH},
+)
+case(
     "LayerNorm",
     "*N D",
     lambda lib, D, eps, affine, bias: lib.LayerNorm(D, eps, affine, bias),
@@ -156,6 +172,13 @@ case(
     lambda lib, D: lib.RMSNorm(D),
     skip={"dtypes": "eps is that of the dtype: in float32 it is another function"},
 )
+case(
+    "GroupNorm",
+    "N 6 *L",
+    lambda lib, groups, eps, affine: lib.GroupNorm(groups, 6, eps, affine),
+    sizes={"N": (1, 3), "*L": (0, 2)},
+    options={"groups": [1, 2, 3, 6], "eps": [1e-5, 0.1], "affine": BOTH},
+)
 
 # ---------------------------------------------------------------------- layers/dropout.py
 
@@ -178,12 +201,129 @@ case(
 case("Dropout of nothing and of all", "*N", lambda lib, p: lib.Dropout(p), options={"p": [0.0, 1.0]})
 
 # ---------------------------------------------------------------------- layers/attention.py
+torch.backends.cuda.enable_flash_sdp(False)  # on the CPU, too: its backward loses digits where scores are large
 case(
     "SelfAttention",
     "*N T D",
     lambda lib, D, heads, bias, causal: lib.SelfAttention(D, math.gcd(D, heads), bias, causal=causal),
     sizes={"*N": (0, 2), "D": (1, 6)},
     options={"heads": [1, 2, 12], "bias": BOTH, "causal": BOTH},
+)
+
+ATTENTION: dict[str, Any] = {"sizes": {"N": (1, 2), "D": (1, 6), "T": (1, 3)}}
+HEADS = {"heads": [1, 2, 12], "bias": BOTH}
+case(
+    "MultiheadAttention",
+    ["N T D", "N S D", "N S D"],
+    lambda lib, D, heads, bias: lib.MultiheadAttention(D, math.gcd(D, heads), bias=bias, batch_first=True),
+    options=HEADS,
+    **ATTENTION,
+)
+case(
+    "MultiheadAttention with time first",
+    ["T N D", "S N D", "S N D"],
+    lambda lib, D, heads, bias: lib.MultiheadAttention(D, math.gcd(D, heads), bias=bias),
+    options=HEADS,
+    **ATTENTION,
+)
+case(
+    "MultiheadAttention of one sequence",
+    ["T D", "S D", "S D"],
+    lambda lib, D, heads, first: lib.MultiheadAttention(D, math.gcd(D, heads), batch_first=first),
+    sizes={"D": (1, 6)},
+    options={"heads": [1, 2, 12], "first": BOTH},
+)
+MASKS = {
+    "key_padding_mask": lambda N, H, T, S: (N, S) if N else (S,),
+    "attn_mask": lambda N, H, T, S: (T, S),
+    "attn_mask per head": lambda N, H, T, S: (max(N, 1) * H, T, S),
+}
+
+
+class Masked(hg.Layer):
+    """Attention under masks that the shapes of its inputs decide: many queries may read nothing."""
+
+    def __init__(self, attention: Any, kinds: dict[str, Any]) -> None:
+        self.attention, self.kinds = attention, kinds
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        out = self.attention(query, key, value, **self.masks(query, key))
+        self.push(out=out)
+        return out
+
+    def backward(self, dout: Tensor, need_dx: bool = True) -> Any:
+        self.pop(dout)
+        return self.attention.backward(dout, need_dx)
+
+    def masks(self, query: Tensor, key: Tensor) -> dict[str, Tensor]:
+        """The masks by name, of bools or of numbers."""
+        batched, first = query.dim() == 3, self.attention.batch_first
+        N, (T, S) = query.shape[not first] if batched else 0, (x.shape[batched and first] for x in (query, key))
+        found, generator = {}, torch.Generator().manual_seed(T + 7 * S)
+        for name, kind in self.kinds.items():
+            shape = MASKS[name](N, self.attention.num_heads, T, S)
+            hidden = torch.rand(shape, generator=generator) < 0.5
+            numbers = torch.randn(shape, generator=generator, dtype=torch.float64).masked_fill(hidden, -math.inf)
+            found[name.split()[0]] = hidden if kind is bool else numbers.to(query.dtype)
+        return found
+
+
+class MaskedModule(nn.Module):
+    """The same of torch's module."""
+
+    masks = Masked.masks
+
+    def __init__(self, attention: nn.Module, kinds: dict[str, Any]) -> None:
+        super().__init__()
+        self.attention, self.kinds = attention, kinds
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        masks = self.masks(query, key) if key.numel() else {}  # torch cannot take masks of nothing
+        out: Tensor = self.attention(query, key, value, **masks)
+        return out
+
+
+def masked(lib: Any, D: int, heads: int, kinds: dict[str, Any], first: bool) -> Any:
+    """Attention under masks."""
+    attention = lib.MultiheadAttention(D, math.gcd(D, heads), batch_first=first)
+    return Masked(attention, kinds) if lib is hg else MaskedModule(attention, kinds)
+
+
+ONE_MASK = [{name: kind} for name in MASKS for kind in (bool, float)]
+TWO_MASKS = [{"key_padding_mask": kind, name: kind} for name in list(MASKS)[1:] for kind in (bool, float)]
+for words, inputs, first in (
+    ("with masks", ["N T D", "N S D", "N S D"], True),
+    ("with masks and time first", ["T N D", "S N D", "S N D"], False),
+    ("with masks of one sequence", ["T D", "S D", "S D"], False),
+):
+    case(  # the masks are made, not drawn: a forward's keywords are not among its inputs
+        f"MultiheadAttention {words}",
+        inputs,
+        lambda lib, D, heads, kinds, first=first: masked(lib, D, heads, kinds, first),
+        covers=hg.MultiheadAttention,
+        options={"heads": [2, 1], "kinds": ONE_MASK + TWO_MASKS},
+        sizes={"D": (1, 6), "T": (1, 3)},
+    )
+
+
+def attended(layer: hg.MultiheadAttention, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """What MultiheadAttention gives for N first, with dropout from the same uniform numbers as Dropout."""
+    weights, biases, H = layer.in_proj_weight.chunk(3), layer.in_proj_bias.chunk(3), layer.num_heads
+    each = [functional.linear(x, w, b) for x, w, b in zip((query, key, value), weights, biases)]
+    q, k, v = (x.unflatten(-1, (H, -1)).transpose(1, 2) for x in each)
+    p = torch.softmax(q @ k.mT / math.sqrt(q.shape[-1]), -1)
+    if layer.training:
+        p = dropped(hg.Dropout(layer.dropout), p)
+    return functional.linear((p @ v).transpose(1, 2).flatten(2), layer.out_proj.weight, layer.out_proj.bias)
+
+
+case(
+    "MultiheadAttention with dropout",
+    ["N T D", "N S D", "N S D"],
+    lambda lib, D, heads, p: lib.MultiheadAttention(D, math.gcd(D, heads), p, batch_first=True),
+    options={"heads": [1, 2, 12], "p": [0.5, 0.2, 1.0]},
+    reference=attended,
+    **ATTENTION,
 )
 
 # ---------------------------------------------------------------------- layers/cells.py
@@ -364,6 +504,35 @@ case(
     options={"kernel": [3, (4, 3), (3, 2), (2, 4)], "dilation": [1, (3, 1)], "groups": [1, 2]},
     reference=padded,
 )
+case(
+    "ConvTranspose2d",
+    "N C H W",
+    lambda lib, C, window, stride, rest, dilation, bias: lib.ConvTranspose2d(
+        C, 2, window[0], stride, window[1], min(rest, stride - 1), 1, bias, dilation
+    ),
+    sizes={"N": (1, 2), "C": (1, 2), "H": (1, 3), "W": (1, 3)},
+    options={
+        "window": [((2, 3), 0), ((2, 3), (0, 1)), (2, 1), ((1, 3), 0), (3, (2, 1))],  # kernel_size and padding
+        "stride": [1, 2, 3],
+        "rest": [0, 1, 2],
+        "dilation": [1, (2, 1), 3],
+        "bias": BOTH,
+    },
+)
+case(
+    "ConvTranspose2d in groups",
+    "4 H W",
+    lambda lib, groups, stride, bias: lib.ConvTranspose2d(4, 8, (3, 2), stride, 1, groups=groups, bias=bias),
+    sizes={"H": (2, 3), "W": (2, 3)},
+    options={"groups": [2, 4], "stride": [1, (2, 1)], "bias": BOTH},
+)
+case(
+    "ConvTranspose2d with room for one position more",
+    "N 1 H W",
+    lambda lib, rest: lib.ConvTranspose2d(1, 2, 2, (1, 2), 0, rest, dilation=(3, 4)),
+    sizes={"N": (1, 2), "H": (1, 3), "W": (1, 3)},
+    options={"rest": [(1, 0), (2, 3)]},
+)
 
 # ---------------------------------------------------------------------- layers/pooling.py
 POOL: dict[str, Any] = {
@@ -398,9 +567,49 @@ case(
     sizes=PLANE,
     options=POOL | {"count": BOTH, "divisor": [None, 3, -7]},
 )
+case(
+    "AdaptiveAvgPool2d",
+    "*N C H W",
+    lambda lib, size: lib.AdaptiveAvgPool2d(size),
+    sizes={"*N": (0, 1), "H": (1, 7), "W": (1, 5)},
+    options={"size": [1, 3, (2, 3), (4, 1), 5, (None, 2), (3, None), (None, None)]},
+)
+
+# ---------------------------------------------------------------------- layers/upsample.py
+# factors that leave no size as it is, or exactly doubled, but 1 and 2: there torch's layouts differ in their rule
+case(
+    "Upsample",
+    "N C H W",
+    lambda lib, by: lib.Upsample(**by),
+    sizes={"N": (1, 2), "C": (1, 2)},
+    options={
+        "by": [{"size": s} for s in (1, 3, (4, 2), (5, 7))]
+        + [{"scale_factor": s} for s in (2, 1, 1.5, 3.7, (1.0, 2.5), (3, 1), (2.9, 1.6))]
+    },
+)
+case(
+    "Upsample to smaller ones", "N C H W", lambda lib: lib.Upsample(scale_factor=0.6), sizes={"H": (3, 5), "W": (3, 5)}
+)
+case(
+    "Upsample of a sequence",
+    "N C L",
+    lambda lib, by: lib.Upsample(**by),
+    options={"by": [{"size": 5}, {"scale_factor": 2.6}]},
+)
+case(
+    "Upsample of a volume",
+    "N 1 D H W",
+    lambda lib, by: lib.Upsample(**by),
+    sizes={"N": (1, 2), "D": (1, 2), "H": (1, 2), "W": (1, 3)},
+    options={"by": [{"size": (2, 3, 4)}, {"scale_factor": (1.0, 2.0, 1.5)}]},
+)
 
 # ---------------------------------------------------------------------- layers/containers.py
-case("Sequential", "*N D", lambda lib, D, H, K: lib.Sequential(lib.Linear(D, H), lib.Tanh(), lib.Linear(H, K)))
+case(
+    "Sequential",
+    "*N D",
+    lambda lib, D, H, K: lib.Sequential(lib.Linear(D, H), lib.Linear(H, H), lib.Tanh(), lib.Linear(H, K)),
+)
 case("Sequential of nothing", "*N", lambda lib: lib.Sequential())
 case(
     "Sequential of the names MLP",
@@ -521,6 +730,26 @@ case(
 )
 case("from_torch GELU", "*N", lambda lib: lib.from_torch(nn.GELU()), covers=ModuleLayer)
 
+
+class Mixed(nn.Module):
+    """Inputs of numbers, of indices, and one that is not used; outputs in tuples; gradients in the same memory."""
+
+    def __init__(self, N: int, D: int, V: int) -> None:
+        super().__init__()
+        self.table = nn.Embedding(V, D)
+        self.a, self.b, self.c, self.unused = (nn.Parameter(torch.zeros(N, D)) for _ in range(4))
+
+    def forward(self, x: Tensor, index: Tensor, other: Tensor) -> tuple[Tensor, tuple[Tensor]]:
+        return 2 * (x + self.a + self.table(index)), (2 * (self.b + self.c).sum(),)
+
+
+case(
+    "from_torch of several inputs and outputs",
+    ["N D", "N < V", "M"],
+    lambda lib, N, D, V: lib.from_torch(Mixed(N, D, V)),
+    covers=ModuleLayer,
+)
+
 # ---------------------------------------------------------------------- losses
 
 
@@ -543,10 +772,27 @@ case(
 )
 case("CrossEntropy of one row", ["C", "< C"])
 case(
+    "CrossEntropy of probabilities",
+    ["N C *D", "N C *D in 0 1"],
+    lambda lib, C, weighted, smoothing, reduction: lib.CrossEntropy(
+        weights(C) if weighted else None, label_smoothing=smoothing, reduction=reduction
+    ),
+    sizes={"*D": (0, 2)},
+    options={"weighted": BOTH, "smoothing": [0.0, 0.2], "reduction": REDUCTIONS},
+)
+case(
+    "CrossEntropy of the probabilities of one row",
+    ["C", "C in 0 1"],
+    lambda lib, reduction: lib.CrossEntropy(reduction=reduction),
+    options={"reduction": REDUCTIONS},
+)
+case("CrossEntropy without options", ["N C", "N < C"])
+case(
     "LinearCrossEntropy with ignored rows",
     ["N D", "N < V"],
     lambda lib, D, V: lib.LinearCrossEntropy(D, V, bias=True, ignore_index=0, chunk_size=2),
 )
+case("LinearCrossEntropy without options", ["N D", "N < V"], lambda lib, D, V: lib.LinearCrossEntropy(D, V))
 case(
     "LinearCrossEntropy",
     ["*N D", "*N < V"],
