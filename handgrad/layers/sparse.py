@@ -19,8 +19,8 @@ class Embedding(Layer):
                dweight[v] = sum over those n of dout[n]; zero for v = padding_idx.
                An index has no gradient: dx is None.
     Recorded:  x
-    Raises:    ArgumentError; IndexRangeError for an index outside the table, negative ones included; DtypeError for one that is no
-               integer; StateError from a backward without a forward.
+    Raises:    ArgumentError; IndexRangeError for an index outside the table, negative ones included; DtypeError for
+               one that is no integer; StateError from a backward without a forward.
 
     The table is drawn as torch.nn.Embedding draws it, from the standard normal, with row `padding_idx` zero. A
     negative `padding_idx` counts from the end. The row itself may be assigned; it just gets no gradient. A `max_norm`
