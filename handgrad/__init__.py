@@ -13,8 +13,8 @@ from handgrad.errors import (
 )
 from handgrad.layer import Layer, buffer, parameter
 from handgrad.layers.activation import GELU, LeakyReLU, LogSoftmax, ReLU, Sigmoid, SiLU, Softmax, Tanh
-from handgrad.layers.attention import SelfAttention
-from handgrad.layers.batchnorm import BatchNorm1d
+from handgrad.layers.attention import MultiheadAttention, SelfAttention
+from handgrad.layers.batchnorm import BatchNorm1d, BatchNorm2d
 from handgrad.layers.cells import GRUCell, LSTMCell, RNNCell
 from handgrad.layers.containers import Concat, Constant, Identity, Parallel, Product, Residual, Sequential, Sum
 from handgrad.layers.conv import Conv1d, Conv2d
@@ -50,6 +50,7 @@ __all__ = [
     "AvgPool2d",
     "BCEWithLogits",
     "BatchNorm1d",
+    "BatchNorm2d",
     "Cat",
     "CompileError",
     "Concat",
@@ -77,6 +78,7 @@ __all__ = [
     "Loss",
     "Losses",
     "MaxPool2d",
+    "MultiheadAttention",
     "Multiply",
     "Parallel",
     "Product",

@@ -59,31 +59,37 @@ from handgrad.layer import Layer
 CrossEntropy, MSE, BCEWithLogits = nn.CrossEntropyLoss, nn.MSELoss, nn.BCEWithLogitsLoss
 
 
-def BatchNorm1d(  # noqa: N802 - stands for a class
-    *args: Any, unbiased: bool = False, channels_last: bool = False, **options: Any
+def _batch_norm(
+    module: type[nn.Module], *args: Any, unbiased: bool = False, channels_last: bool = False, **options: Any
 ) -> nn.Module:
-    """Torch's module itself, wrapped only for what it does not have."""
+    """Torch's module itself, and another only for what it does not have."""
     if unbiased or channels_last:
-        return _BatchNorm1d(*args, unbiased=unbiased, channels_last=channels_last, **options)
-    return nn.BatchNorm1d(*args, **options)
+        return _BatchNorm(*args, unbiased=unbiased, channels_last=channels_last, **options)
+    return module(*args, **options)
 
 
-class _BatchNorm1d(nn.BatchNorm1d):
+class _BatchNorm(nn.modules.batchnorm._BatchNorm):
     """torch's module with n - 1 in the batch's variance, or for channels in the last dimension."""
 
     def __init__(self, *args: Any, unbiased: bool, channels_last: bool, **options: Any) -> None:
         super().__init__(*args, **options)
         self.unbiased, self.channels_last = unbiased, channels_last
 
+    def _check_input_dim(self, input: Tensor) -> None:
+        """Take x of any number of dimensions."""
+
     def forward(self, x: Tensor) -> Tensor:
-        rows = x.reshape(-1, x.shape[-1]) if self.channels_last else x
+        rows = x.movedim(-1, 1) if self.channels_last else x
         out: Tensor = super().forward(rows)  # the running statistics have n - 1 in any case
         if self.unbiased and (self.training or self.running_mean is None):
             var, mean = torch.var_mean(rows, [d for d in range(rows.dim()) if d != 1], keepdim=True)
             out = (rows - mean) / (var + self.eps).sqrt()
             if self.affine:
                 out = out * self.weight.view_as(mean[0]) + self.bias.view_as(mean[0])
-        return out.reshape(x.shape)
+        return out.movedim(1, -1) if self.channels_last else out
+
+
+BatchNorm1d, BatchNorm2d = partial(_batch_norm, nn.BatchNorm1d), partial(_batch_norm, nn.BatchNorm2d)
 
 
 class FlattenConsecutive(nn.Module):
@@ -97,6 +103,14 @@ class FlattenConsecutive(nn.Module):
         N, T, C = x.shape
         out = x.reshape(N, T // self.size, self.size * C)
         return out.squeeze(1) if self.size == T else out
+
+
+class MultiheadAttention(nn.MultiheadAttention):
+    """torch's, for its output alone."""
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, **masks: Tensor) -> Tensor:  # type: ignore[override]
+        out: Tensor = super().forward(query, key, value, need_weights=False, **masks)[0]  # type: ignore[arg-type]
+        return out
 
 
 class SelfAttention(nn.MultiheadAttention):
@@ -313,6 +327,7 @@ def _twin(name: str, make: Callable[[Any, int], Any] | None = None, inputs: Make
 
 _twin("Linear", lambda lib, D: lib.Linear(D, D))
 _twin("BatchNorm1d", lambda lib, D: lib.BatchNorm1d(D))
+_twin("BatchNorm2d", lambda lib, D: lib.BatchNorm2d(4), _image)
 _twin("Tanh")
 _twin("CrossEntropy", None, rows_and_labels)
 _twin("Embedding", lambda lib, D: lib.Embedding(D, D), lambda N, D, dtype: (torch.randint(D, (N,)),))
@@ -339,6 +354,11 @@ _twin("RNN", lambda lib, D: lib.RNN(D, D, batch_first=True), _steps(8))
 _twin("GRU", lambda lib, D: lib.GRU(D, D, batch_first=True), _steps(8))
 _twin("LSTM", lambda lib, D: lib.LSTM(D, D, batch_first=True), _steps(8))
 _twin("Unroll", lambda lib, D: lib.Unroll(lib.RNNCell(D, D)), _steps(8))
+_twin(
+    "MultiheadAttention",
+    lambda lib, D: lib.MultiheadAttention(D, 4, batch_first=True),
+    lambda N, D, dtype: _steps(16)(N, D, dtype) + 2 * _steps(8)(N // 2, D, dtype),
+)
 _twin("SelfAttention", lambda lib, D: lib.SelfAttention(D, 4), _steps(16))
 _twin("MSE", None, lambda N, D, dtype: (torch.randn(N, D, dtype=dtype), torch.randn(N, D, dtype=dtype)))
 _twin("BCEWithLogits", None, lambda N, D, dtype: (torch.randn(N, D, dtype=dtype), torch.rand(N, D, dtype=dtype)))

@@ -127,6 +127,22 @@ case(
     options=NORM,
 )
 case(
+    "BatchNorm2d",
+    "N C H W",
+    lambda lib, C, eps, momentum, affine, track, unbiased: lib.BatchNorm2d(
+        C, eps, momentum, affine, track, unbiased=unbiased
+    ),
+    sizes={"N": (2, 3), "C": (1, 3), "H": (1, 3), "W": (1, 3)},
+    options=NORM | {"unbiased": BOTH},
+)
+case(
+    "BatchNorm2d channels_last",
+    "N H W C",
+    lambda lib, C, affine, track: lib.BatchNorm2d(C, affine=affine, track_running_stats=track, channels_last=True),
+    sizes={"N": (2, 3), "C": (1, 3), "H": (1, 3), "W": (1, 3)},
+    options={"affine": BOTH, "track": BOTH},
+)
+case(
     "LayerNorm",
     "*N D",
     lambda lib, D, eps, affine, bias: lib.LayerNorm(D, eps, affine, bias),
@@ -185,6 +201,121 @@ case(
     lambda lib, D, heads, bias, causal: lib.SelfAttention(D, math.gcd(D, heads), bias, causal=causal),
     sizes={"*N": (0, 2), "D": (1, 6)},
     options={"heads": [1, 2, 12], "bias": BOTH, "causal": BOTH},
+)
+
+ATTENTION: dict[str, Any] = {"sizes": {"N": (1, 2), "D": (1, 6), "T": (1, 3)}}
+HEADS = {"heads": [1, 2, 12], "bias": BOTH}
+case(
+    "MultiheadAttention",
+    ["N T D", "N S D", "N S D"],
+    lambda lib, D, heads, bias: lib.MultiheadAttention(D, math.gcd(D, heads), bias=bias, batch_first=True),
+    options=HEADS,
+    **ATTENTION,
+)
+case(
+    "MultiheadAttention with time first",
+    ["T N D", "S N D", "S N D"],
+    lambda lib, D, heads, bias: lib.MultiheadAttention(D, math.gcd(D, heads), bias=bias),
+    options=HEADS,
+    **ATTENTION,
+)
+case(
+    "MultiheadAttention of one sequence",
+    ["T D", "S D", "S D"],
+    lambda lib, D, heads, first: lib.MultiheadAttention(D, math.gcd(D, heads), batch_first=first),
+    sizes={"D": (1, 6)},
+    options={"heads": [1, 2, 12], "first": BOTH},
+)
+MASKS = {
+    "key_padding_mask": lambda N, H, T, S: (N, S) if N else (S,),
+    "attn_mask": lambda N, H, T, S: (T, S),
+    "attn_mask per head": lambda N, H, T, S: (max(N, 1) * H, T, S),
+}
+
+
+class Masked(hg.Layer):
+    """Attention under masks that the shapes of its inputs decide: many queries may read nothing."""
+
+    def __init__(self, attention: Any, kinds: dict[str, Any]) -> None:
+        self.attention, self.kinds = attention, kinds
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        out = self.attention(query, key, value, **self.masks(query, key))
+        self.push(out=out)
+        return out
+
+    def backward(self, dout: Tensor, need_dx: bool = True) -> Any:
+        self.pop(dout)
+        return self.attention.backward(dout, need_dx)
+
+    def masks(self, query: Tensor, key: Tensor) -> dict[str, Tensor]:
+        """The masks by name, of bools or of numbers."""
+        batched, first = query.dim() == 3, self.attention.batch_first
+        N, (T, S) = query.shape[not first] if batched else 0, (x.shape[batched and first] for x in (query, key))
+        found, generator = {}, torch.Generator().manual_seed(T + 7 * S)
+        for name, kind in self.kinds.items():
+            shape = MASKS[name](N, self.attention.num_heads, T, S)
+            hidden = torch.rand(shape, generator=generator) < 0.5
+            numbers = torch.randn(shape, generator=generator, dtype=torch.float64).masked_fill(hidden, -math.inf)
+            found[name.split()[0]] = hidden if kind is bool else numbers.to(query.dtype)
+        return found
+
+
+class MaskedModule(nn.Module):
+    """The same of torch's module."""
+
+    masks = Masked.masks
+
+    def __init__(self, attention: nn.Module, kinds: dict[str, Any]) -> None:
+        super().__init__()
+        self.attention, self.kinds = attention, kinds
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        out: Tensor = self.attention(query, key, value, **self.masks(query, key))
+        return out
+
+
+def masked(lib: Any, D: int, heads: int, kinds: dict[str, Any], first: bool) -> Any:
+    """Attention under masks."""
+    attention = lib.MultiheadAttention(D, math.gcd(D, heads), batch_first=first)
+    return Masked(attention, kinds) if lib is hg else MaskedModule(attention, kinds)
+
+
+ONE_MASK = [{name: kind} for name in MASKS for kind in (bool, float)]
+TWO_MASKS = [{"key_padding_mask": kind, name: kind} for name in list(MASKS)[1:] for kind in (bool, float)]
+for words, inputs, first in (
+    ("with masks", ["N T D", "N S D", "N S D"], True),
+    ("with masks and time first", ["T N D", "S N D", "S N D"], False),
+    ("with masks of one sequence", ["T D", "S D", "S D"], False),
+):
+    case(  # the masks are made, not drawn: a forward's keywords are not among its inputs
+        f"MultiheadAttention {words}",
+        inputs,
+        lambda lib, D, heads, kinds, first=first: masked(lib, D, heads, kinds, first),
+        covers=hg.MultiheadAttention,
+        options={"heads": [2, 1], "kinds": ONE_MASK + TWO_MASKS},
+        sizes={"D": (1, 6), "T": (1, 3)},
+    )
+
+
+def attended(layer: hg.MultiheadAttention, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """What MultiheadAttention gives for N first, with dropout from the same uniform numbers as Dropout."""
+    weights, biases, H = layer.in_proj_weight.chunk(3), layer.in_proj_bias.chunk(3), layer.num_heads
+    each = [functional.linear(x, w, b) for x, w, b in zip((query, key, value), weights, biases)]
+    q, k, v = (x.unflatten(-1, (H, -1)).transpose(1, 2) for x in each)
+    p = torch.softmax(q @ k.mT / math.sqrt(q.shape[-1]), -1)
+    if layer.training:
+        p = dropped(hg.Dropout(layer.dropout), p)
+    return functional.linear((p @ v).transpose(1, 2).flatten(2), layer.out_proj.weight, layer.out_proj.bias)
+
+
+case(
+    "MultiheadAttention with dropout",
+    ["N T D", "N S D", "N S D"],
+    lambda lib, D, heads, p: lib.MultiheadAttention(D, math.gcd(D, heads), p, batch_first=True),
+    options={"heads": [1, 2, 12], "p": [0.5, 0.2, 1.0]},
+    reference=attended,
+    **ATTENTION,
 )
 
 # ---------------------------------------------------------------------- layers/cells.py

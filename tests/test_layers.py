@@ -56,6 +56,7 @@ def test_every_public_layer_loss_and_bridge_has_a_twin_or_a_reason():
 OPTIONS = {
     "Linear": lambda lib: lib.Linear(3, 5, bias=False),
     "Embedding": lambda lib: lib.Embedding(5, 3, padding_idx=1),
+    "MultiheadAttention": lambda lib: lib.MultiheadAttention(6, 2, bias=False),
     "SelfAttention": lambda lib: lib.SelfAttention(6, 2, bias=False),
     "Conv1d": lambda lib: lib.Conv1d(4, 6, 3, groups=2, bias=False),
     "Conv2d": lambda lib: lib.Conv2d(4, 6, (2, 3), groups=2),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -13,18 +14,17 @@ from handgrad.layer import Layer, buffer, parameter
 from handgrad.pieces import blockwise
 
 
-class BatchNorm1d(Layer):
-    """Normalise each channel over the batch, then scale and shift it.
+class BatchNorm(Layer):
+    """What BatchNorm1d and BatchNorm2d share: everything but the shapes that they take.
 
     Forward:   xhat = (x - mean) rstd,  rstd = 1/sqrt(var + eps),  out = xhat weight + bias
-               In training, mean and var are those of the batch, per channel over its n = N (or N L, ...) values:
+               In training, mean and var are those of the batch, per channel over its n values (N, N L, N H W, ...):
                var = sum (x - mean)^2 / m with m = n, or m = n - 1 if `unbiased`, and then
                running_mean += momentum (mean - running_mean)
                running_var  += momentum (sum (x - mean)^2 / (n - 1) - running_var)
                With momentum=None the factor is 1/num_batches_tracked: the plain average. In evaluation, mean and var
                are the running ones, constants; without running statistics they are always those of the batch.
-    Shapes:    x (N, C) or (N, C, L), or (..., C) if `channels_last`; weight, bias, running_mean, running_var (C,);
-               out like x
+    Shapes:    x as in `forms`, or (..., C) if `channels_last`; weight, bias, running_mean, running_var (C,); out like x
     Backward:  with diff = x - mean and scale = rstd weight, so that out = diff scale + bias:
                dbias = sum dout;  dweight = sum dout xhat = rstd sum dout diff.
                In evaluation dx = dout scale. In training x also acts through var and mean:
@@ -35,14 +35,6 @@ class BatchNorm1d(Layer):
     Recorded:  x, mean, rstd, weight
     Raises:    ShapeError, also for a batch of one value per channel in training; DtypeError; StateError.
     Source:    Ioffe and Szegedy 2015, arXiv:1502.03167; the simplified dx in makemore lecture 4, which uses n - 1.
-
-    >>> layer = BatchNorm1d(2)
-    >>> out = layer(torch.tensor([[1.0, 0.0], [3.0, 8.0]]))
-    >>> out.round(decimals=3)
-    tensor([[-1., -1.],
-            [ 1.,  1.]])
-    >>> layer.running_mean, layer.running_var  # a tenth of the way from 0 and 1 to the batch's mean and variance
-    (tensor([0.2000, 0.4000]), tensor([1.1000, 4.1000]))
     """
 
     shown = ("num_features",)
@@ -51,6 +43,7 @@ class BatchNorm1d(Layer):
     running_mean: Tensor | None = buffer("C")
     running_var: Tensor | None = buffer("C")
     num_batches_tracked: Tensor | None = buffer()
+    forms: ClassVar[dict[int, str]]  # what x may be, by its number of dimensions
 
     def __init__(
         self,
@@ -66,7 +59,7 @@ class BatchNorm1d(Layer):
         device: torch.device | str | None = None,
     ) -> None:
         if num_features < 1:
-            raise ArgumentError(f"BatchNorm1d: num_features must be at least 1, got {num_features}")
+            raise ArgumentError(f"{type(self).__name__}: num_features must be at least 1, got {num_features}")
         self.num_features, self.eps, self.momentum = num_features, eps, momentum
         self.affine, self.track_running_stats = affine, track_running_stats
         self.unbiased, self.channels_last = unbiased, channels_last
@@ -81,12 +74,11 @@ class BatchNorm1d(Layer):
         own = self.running_mean if self.weight is None else self.weight
         self.check_input(x, None if own is None else own.dtype)
         C, shape = self.num_features, x.shape
-        if self.channels_last:
-            fits, wanted = x.dim() > 1 and shape[-1] == C, f"(..., {C})"
-        else:
-            fits, wanted = x.dim() in (2, 3) and shape[1] == C, f"(N, {C}) or (N, {C}, L)"
-        if not fits:
-            raise self.error(ShapeError, "forward", f"x must be {wanted}, got shape {tuple(shape)}")
+        fits = x.dim() > 1 if self.channels_last else x.dim() in self.forms
+        if not fits or shape[-1 if self.channels_last else 1] != C:
+            form = "(..., C)" if self.channels_last else " or ".join(self.forms.values())
+            problem = f"x must be {form.replace('C', str(C))}, got shape {tuple(shape)}"
+            raise self.error(ShapeError, "forward", problem)
         rows = x.reshape(-1, C) if self.channels_last else x
         n = x.numel() // C
         m: int | None = None  # None: mean and var are constants, and the backward has nothing to send through them
@@ -109,11 +101,12 @@ class BatchNorm1d(Layer):
 
     def backward(self, dout: Tensor, need_dx: bool = True) -> Tensor | None:
         x, mean, rstd, weight, m = self.pop(dout)
-        last = self.channels_last or x.dim() == 2  # where the channels are: in the last dimension, or in the second
-        others = (0, 2) if not last else 0 if x.dim() == 2 else tuple(range(x.dim() - 1))
+        channel = x.dim() - 1 if self.channels_last else 1
+        others = 0 if x.dim() == 2 else [*range(channel), *range(channel + 1, x.dim())]
+        ones = [1] * (x.dim() - 1 - channel)  # for the dimensions behind the channels
 
         def column(per_channel: Tensor) -> Tensor:
-            return per_channel if last else per_channel.unsqueeze(1)
+            return per_channel.view(-1, *ones) if ones else per_channel
 
         def sums(dout: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             diff = x - column(mean)
@@ -163,3 +156,52 @@ class BatchNorm1d(Layer):
                 if running is not None and own is not None:
                     running.lerp_(own, share)
         return out, batch_mean, rstd if k == 1 else rstd * math.sqrt(k)
+
+
+class BatchNorm1d(BatchNorm):
+    """Normalise each channel over the batch, then scale and shift it.
+
+    Forward:   xhat = (x - mean) / sqrt(var + eps),  out = xhat weight + bias;  in training with mean and var of the
+               batch, which move running_mean and running_var along; in evaluation with these
+    Shapes:    x (N, C) or (N, C, L), or (..., C) if `channels_last`; weight, bias, running_mean, running_var (C,);
+               out like x
+    Backward:  derived at BatchNorm: with diff = x - mean, rstd = 1/sqrt(var + eps) and scale = rstd weight,
+               dbias = sum dout,  dweight = rstd sum dout diff,  and in training, with n values per channel,
+               dx = scale (dout - (dbias + diff rstd dweight)/n);  in evaluation dx = scale dout
+    Recorded:  x, mean, rstd, weight
+    Raises:    ShapeError, also for a batch of one value per channel in training; DtypeError; StateError.
+    Source:    Ioffe and Szegedy 2015, arXiv:1502.03167. With `unbiased`, the form of makemore lecture 4: var and dx
+               with n - 1.
+
+    >>> layer = BatchNorm1d(2)
+    >>> out = layer(torch.tensor([[1.0, 0.0], [3.0, 8.0]]))
+    >>> out.round(decimals=3)
+    tensor([[-1., -1.],
+            [ 1.,  1.]])
+    >>> layer.running_mean, layer.running_var  # a tenth of the way from 0 and 1 to the batch's mean and variance
+    (tensor([0.2000, 0.4000]), tensor([1.1000, 4.1000]))
+    """
+
+    forms: ClassVar[dict[int, str]] = {2: "(N, C)", 3: "(N, C, L)"}
+
+
+class BatchNorm2d(BatchNorm):
+    """Normalise each channel of images over the batch and all positions, then scale and shift it.
+
+    Forward:   xhat = (x - mean) / sqrt(var + eps),  out = xhat weight + bias;  in training with mean and var of the
+               batch, which move running_mean and running_var along; in evaluation with these
+    Shapes:    x (N, C, H, W), or (..., C) if `channels_last`; weight, bias, running_mean, running_var (C,); out like x
+    Backward:  derived at BatchNorm: with diff = x - mean, rstd = 1/sqrt(var + eps) and scale = rstd weight,
+               dbias = sum dout,  dweight = rstd sum dout diff,  and in training, with n = N H W,
+               dx = scale (dout - (dbias + diff rstd dweight)/n);  in evaluation dx = scale dout
+    Recorded:  x, mean, rstd, weight
+    Raises:    ShapeError, also for a batch of one value per channel in training; DtypeError; StateError.
+    Source:    as BatchNorm1d
+
+    >>> layer = BatchNorm2d(3)
+    >>> out = layer(torch.randn(4, 3, 5, 6))
+    >>> bool(torch.allclose(out.mean((0, 2, 3)), torch.zeros(3), atol=1e-6))
+    True
+    """
+
+    forms: ClassVar[dict[int, str]] = {4: "(N, C, H, W)"}

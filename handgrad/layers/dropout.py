@@ -47,12 +47,7 @@ class Dropout(Layer):
         if not self.training or self.p == 0:
             self.push(None, out=x)
             return x
-        home = x.device if self.generator is None else self.generator.device
-        mask = torch.empty_like(x, device=home).uniform_(generator=self.generator)
-        torch.lt(mask, 1 - self.p, out=mask)  # 1 or 0
-        if self.p < 1:
-            mask.mul_(1 / (1 - self.p))
-        mask = mask.to(x.device)
+        mask = drawn_mask(x, self.p, self.generator)
         out = x * mask
         self.push(mask, out=out)
         return out
@@ -61,3 +56,13 @@ class Dropout(Layer):
         (mask,) = self.pop(dout)
         # out = x mask
         return dout if mask is None else dout * mask
+
+
+def drawn_mask(x: Tensor, p: float, generator: torch.Generator | None) -> Tensor:
+    """A number for each element of x: 1/(1 - p) with probability 1 - p, else 0."""
+    home = x.device if generator is None else generator.device
+    mask = torch.empty_like(x, device=home).uniform_(generator=generator)
+    torch.lt(mask, 1 - p, out=mask)  # 1 or 0
+    if p < 1:
+        mask.mul_(1 / (1 - p))
+    return mask.to(x.device)

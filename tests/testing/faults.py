@@ -542,3 +542,19 @@ faults(
     ("the bias forgotten in z", "dz = linear(rows[a:b], weight, bias)", "dz = linear(rows[a:b], weight)"),
     ("dout forgotten for dweight", "dbias.add_(dz.sum(0))", "dbias.add_(dz.mean(0))"),
 )
+
+# ---------------------------------------------------------------- images
+
+faults(
+    hg.BatchNorm2d,
+    ("the path through the mean forgotten", "column(dbias), diff", "column(0 * dbias), diff"),
+    ("the path through the variance forgotten", "column(rstd * dweight)", "column(0 * dweight)"),
+    ("statistics taken for constants", "if m is None:", "if True:"),
+    ("n without the positions", "n = max(x.numel() // self.num_features, 1)", "n = max(len(x), 1)"),
+    ("weight forgotten in dx: right for weight 1", "rstd if weight is None else rstd * weight", "rstd"),
+    (
+        "dbias averaged over the rows",
+        "self.add_grad(self.bias, dbias)",
+        "self.add_grad(self.bias, dbias / max(len(x), 1))",
+    ),
+)
