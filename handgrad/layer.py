@@ -495,12 +495,12 @@ class Layer:
 
         >>> from handgrad import Linear, Sequential, Tanh
         >>> print(Sequential(Linear(3, 8).freeze(), Tanh(), Linear(8, 2)).summary(torch.ones(5, 3)))
-               layer                   output   parameters  recorded
+               layer                   output      parameters   recorded
                Sequential()            (5, 2)
-        0      Linear(3 -> 8, frozen)  (5, 8)    32 frozen  60 bytes
-        1      Tanh()                  (5, 8)              160 bytes
-        2      Linear(8 -> 2)          (5, 2)           18
-        total                                50 (32 frozen)  220 bytes
+        0      Linear(3 -> 8, frozen)  (5, 8)       32 frozen   60 bytes
+        1      Tanh()                  (5, 8)                  160 bytes
+        2      Linear(8 -> 2)          (5, 2)              18
+        total                                  50 (32 frozen)  220 bytes
         """
         return summarize(self, inputs)
 

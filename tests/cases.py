@@ -338,8 +338,10 @@ for kind, state in (("RNN", "N H"), ("GRU", "N H"), ("LSTM", ("N H",) * 2)):
     case(
         kind,
         "T N D",
-        lambda lib, D, H, bias, batch_first, kind=kind: getattr(lib, kind)(D, H, bias=bias, batch_first=batch_first),
-        options={"bias": BOTH, "batch_first": BOTH},
+        lambda lib, D, H, bias, batch_first, out, kind=kind: getattr(lib, kind)(
+            D, H, bias=bias, batch_first=batch_first, return_state=out
+        ),
+        options={"bias": BOTH, "batch_first": BOTH, "out": BOTH},
     )
     case(
         f"{kind} with a state",
@@ -371,6 +373,64 @@ case(
     ["N T D", ("N H", "N H")],
     lambda lib, D, H: lib.Unroll(lib.LSTMCell(D, H), steps=2, return_state=True),
     skip=CUT,
+)
+
+# ---------------------------------------------------------------------- layers/graph.py
+for join in ("Add", "Multiply"):
+    case(f"{join} of one", ["*N"], lambda lib, join=join: getattr(lib, join)())
+    case(join, ["*N", "*N"], lambda lib, join=join: getattr(lib, join)())
+    case(f"{join} of three", ["*N", "*N", "*N"], lambda lib, join=join: getattr(lib, join)())
+case("Cat", ["N T D", "N T K"], lambda lib: lib.Cat(-1))
+case("Cat along the first dimension", ["N D", "M D", "K D"], lambda lib: lib.Cat(0))
+
+
+def diffusion(lib: Any, D: int, V: int) -> Any:
+    """Two inputs, one of them indices, and a value that is read twice."""
+    body = lib.Sequential(lib.SiLU(), lib.Linear(3, D))
+    return lib.Graph(
+        "x t",
+        "out",
+        h=(lib.Linear(D, 3), "x"),
+        e=(lib.Embedding(V, 3), "t"),
+        s=(lib.Add(), "h e"),
+        y=(body, "s"),
+        out=(lib.Add(), "y x"),
+    )
+
+
+def siamese(lib: Any, D: int, H: int) -> Any:
+    """One layer object at two nodes."""
+    tower = lib.Sequential(lib.Linear(D, H), lib.Tanh())
+    return lib.Graph("a b", "out", l=(tower, "a"), r=(tower, "b"), out=(lib.Multiply(), "l r"))
+
+
+case("Graph", ["*N D", "*N < V"], diffusion)
+case("Graph with a layer at two nodes", ["N D", "N D"], siamese)
+case(
+    "Graph of tuples",
+    ["T N D", "N H"],
+    lambda lib, D, H: lib.Graph(
+        "x h",
+        "out state.0",
+        enc=(lib.GRU(D, H, return_state=True), "x h"),
+        dec=(lib.GRU(H, H, return_state=True), "enc"),
+        state=(lib.Parallel(lib.Tanh(), lib.Tanh()), "dec"),
+        out=(lib.Linear(H, 2), "enc.1"),
+    ),
+)
+case(
+    "Graph with a constant in the middle",
+    "N D",
+    lambda lib, D, H: lib.Graph(
+        "x", "out", a=(lib.Linear(D, H), "x"), c=(lib.Constant(lib.Linear(H, H)), "a"), out=(lib.Multiply(), "a c")
+    ),
+    skip={"differences": "the constant is used, and by definition has no gradient"},
+)
+case(
+    "Constant",
+    "N D",
+    lambda lib, D, H: lib.Constant(lib.Linear(D, H)),
+    skip={"differences": "by definition it has no gradient", "sensitivity": "all its gradients are zero or none"},
 )
 
 # ---------------------------------------------------------------------- layers/conv.py
@@ -500,6 +560,11 @@ def once(layer: hg.Sequential, x: Tensor) -> Tensor:
     return functional.linear(functional.linear(functional.linear(x, w, b).tanh(), w, b).tanh(), w, b)
 
 
+case(
+    "Sequential of several inputs",
+    ["*N D", "*N H"],
+    lambda lib, D, H: lib.Sequential(lib.Parallel(lib.Tanh(), lib.Linear(H, D)), lib.Multiply(), lib.Linear(D, H)),
+)
 case("Sequential with a shared layer", "*N D", thrice, reference=once)
 
 # ---------------------------------------------------------------------- layers/containers.py
@@ -517,8 +582,14 @@ case(
     "*N D",
     lambda lib, D, H: lib.Residual(lib.Sequential(lib.Linear(D, H), lib.Tanh(), lib.Linear(H, D))),
 )
+case(
+    "Residual of several inputs",
+    ["N D", "M"],
+    lambda lib, D: lib.Residual(lib.Parallel(lib.Linear(D, D), lib.Tanh())),
+)
 case("Residual of the identity", "*N", lambda lib: lib.Residual(lib.Identity()))
 case("Sum", "*N D", lambda lib, D, count: lib.Sum(*bodies(lib, D, count)), options=COUNTS)
+case("Sum of several inputs", ["*N D", "*N D"], lambda lib, D: lib.Sum(lib.Multiply(), lib.Add()))
 case("Sum of embeddings", "*N < V", lambda lib, V, D: lib.Sum(lib.Embedding(V, D), lib.Embedding(V, D)))
 case("Sum of views", "N", lambda lib: lib.Sum(lib.Identity(), lib.Flatten(0), lib.Identity()))
 case("Product", "*N D", lambda lib, D, count: lib.Product(*bodies(lib, D, count)), options=COUNTS)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -35,10 +35,10 @@ class Add(Layer):
         self.push(len(inputs), out=out)
         return out
 
-    def backward(self, dout: Tensor) -> tuple[Tensor, ...]:
+    def backward(self, dout: Tensor) -> Any:
         (count,) = self.pop(dout)
         # out = x_0 + x_1 + ...
-        return tuple([dout] * count)
+        return per_input([dout] * count)
 
 
 class Multiply(Layer):
@@ -66,10 +66,10 @@ class Multiply(Layer):
         self.push(*inputs, out=out)
         return out
 
-    def backward(self, dout: Tensor) -> tuple[Tensor, ...]:
+    def backward(self, dout: Tensor) -> Any:
         xs = self.pop(dout)
         # out = x_0 * x_1 * ...
-        return tuple(times_the_others(dout, xs))
+        return per_input(times_the_others(dout, xs))
 
 
 class Cat(Layer):
@@ -99,10 +99,15 @@ class Cat(Layer):
         self.push([x.shape[self.dim] for x in inputs], out=out)
         return out
 
-    def backward(self, dout: Tensor) -> tuple[Tensor, ...]:
+    def backward(self, dout: Tensor) -> Any:
         (sizes,) = self.pop(dout)
         # out = cat([x_0, x_1, ...], dim)
-        return torch.split(dout, sizes, self.dim)
+        return per_input(torch.split(dout, sizes, self.dim))
+
+
+def per_input(dxs: Sequence[Any]) -> Any:
+    """One dx per input: a tuple for several."""
+    return tuple(dxs) if len(dxs) > 1 else dxs[0]
 
 
 class Source(NamedTuple):
@@ -178,7 +183,7 @@ class Graph(Layer):
             problem = f"inputs and outputs must be names with spaces between, got {inputs!r} and {outputs!r}"
             raise ArgumentError(f"Graph: {problem}")
         self._slots = {name: slot for slot, name in enumerate(names)}
-        self._returned = tuple(self._source("the outputs", text, len(names)) for text in self.outputs)
+        self._returned = tuple(self._source("the result", text, len(names)) for text in self.outputs)
         self._steps = self._plan()
         self._refuse_unused(names)
 
@@ -231,7 +236,7 @@ class Graph(Layer):
         for name in names:
             if self._slots[name] not in used:
                 kind = "input" if name in self.inputs else "node"
-                raise ArgumentError(f"Graph: nothing that leads to the outputs reads the {kind} {name!r}; leave it out")
+                raise ArgumentError(f"Graph: nothing that leads to the result reads the {kind} {name!r}; leave it out")
 
     def forward(self, *inputs: Any) -> Any:
         if len(self.inputs) > 1 and len(inputs) == 1 and isinstance(inputs[0], tuple):
@@ -246,7 +251,7 @@ class Graph(Layer):
             values[slot] = step.layer.forward_at(step.name, x)
             for read in step.done:
                 values[read] = None
-        out = self._read("the outputs", values, self._returned, counts)
+        out = self._read("the result", values, self._returned, counts)
         self.push(counts, [spec_of(x) for x in inputs], out=out)
         return out
 
@@ -266,8 +271,7 @@ class Graph(Layer):
                 _send(douts, step.sources, dx, counts)
         if not need_dx:
             return None
-        dxs = tuple([with_zeros(dx, spec) for dx, spec in zip(douts, specs)])
-        return dxs if len(dxs) > 1 else dxs[0]
+        return per_input([with_zeros(dx, spec) for dx, spec in zip(douts, specs)])
 
     def _read(self, who: str, values: list[Any], sources: tuple[Source, ...], counts: dict[int, int]) -> Any:
         """What a node reads: one value, or a tuple of several."""

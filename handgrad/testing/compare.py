@@ -20,14 +20,14 @@ def compare(layer: Any, module: torch.nn.Module, x: Any, *, steps: int = 3, seed
     the steps) and every buffer, by name. The module gets the layer's parameters and buffers. Both are copied first:
     the caller's stay as they are, and so does torch's global generator.
 
-    x is one input, or a tuple of inputs. Raises OutputMismatch or GradientMismatch with the step and the tensor;
-    OracleError where the module's names or shapes differ.
+    x is one input, or a tuple of inputs, any of which may be a tuple itself. Raises OutputMismatch or GradientMismatch
+    with the step and the tensor; OracleError where the module's names or shapes differ.
 
     >>> from handgrad import BatchNorm1d
     >>> compare(BatchNorm1d(3), torch.nn.BatchNorm1d(3), torch.randn(5, 3))
     """
     subject.check_contract(layer)
-    ours = subject.cast(subject.clone(layer), torch.float64)
+    ours = subject.Packed(subject.cast(subject.clone(layer), torch.float64), subject.form_of(subject.as_tuple(x)))
     call, theirs = Oracle(module=lambda: subject.clone(module)).bind(ours)
     for param in theirs.parameters():
         param.requires_grad_()
@@ -37,7 +37,7 @@ def compare(layer: Any, module: torch.nn.Module, x: Any, *, steps: int = 3, seed
         subject.set_mode(ours, training)
         theirs.train(training)
         where = f" in {'training' if training else 'evaluation'} step {step + 1}"
-        inputs = tuple(_vary(t, step) for t in subject.as_tuple(x))
+        inputs = tuple(_vary(t, step) for t in subject.flatten(x))
         with subject.private_rng(seed + step), torch.enable_grad():
             outs = subject.forward(ours, inputs)
             douts = tuple(torch.randn(o.shape, generator=generator, dtype=o.dtype) for o in outs)

@@ -106,7 +106,7 @@ class Oracle:
     def _module(self, layer: Any) -> torch.nn.Module:
         assert self.module is not None
         module = self.module()
-        state = {**subject.parameters(layer), **subject.buffers(layer)}
+        state = subject.state(layer)
         for dtype in {t.dtype for t in state.values() if t.is_floating_point()}:
             module = module.to(dtype)
         try:

@@ -58,7 +58,7 @@ class Plan:
     module: Callable[..., torch.nn.Module] | None = None
     differences: bool = False
     distinct: bool = False
-    form: Any = None  # the nesting of the inputs, where some are in tuples
+    form: tuple[Any, ...] = ()  # the nesting of the inputs, where some are in tuples
 
     @cached_property
     def arguments(self) -> tuple[str, ...]:
@@ -78,8 +78,7 @@ class Plan:
 
     def build(self, drawn: Mapping[str, Any]) -> Any:
         """Make the layer from drawn sizes and options."""
-        layer = self.make(**{name: drawn[name] for name in self.arguments})
-        return layer if self.form is None else subject.Packed(layer, self.form)
+        return subject.Packed(self.make(**{name: drawn[name] for name in self.arguments}), self.form)
 
     def build_module(self, drawn: Mapping[str, Any]) -> Callable[[], torch.nn.Module] | None:
         """How to make the equal module from the same values."""
@@ -97,9 +96,8 @@ class Plan:
 def plan_of(make: Callable[..., Any], x: str | Sequence[Any], **what: Any) -> Plan:
     """A Plan of the arguments of `check_layer`."""
     texts = (x,) if isinstance(x, str) else tuple(x)
-    form = subject.form_of(texts)
-    form = form if any(isinstance(part, tuple) for part in form) else None
-    plan = Plan(make, tuple(Input.parse(text) for text in subject.flatten(texts)), form=form, **what)
+    inputs = tuple(Input.parse(text) for text in subject.flatten(texts))
+    plan = Plan(make, inputs, form=subject.form_of(texts), **what)
     for name in plan.arguments:
         known = name in plan.options or name in {d for i in plan.inputs for d in (*i.dims, i.below)}
         if not known and not name[0].isupper():

@@ -107,9 +107,9 @@ def sample_of(
 ) -> Sample:
     """Make a Sample of what a user has at hand; douts that are not given are drawn from a normal."""
     subject.check_contract(layer)
-    inputs = subject.as_tuple(x)
-    others = tuple(t.flip(0) if t.dim() else t for t in inputs) if other is None else subject.as_tuple(other)
-    douts = _normal_douts(layer, inputs, seed) if dout is None else subject.as_tuple(dout)
+    layer, inputs = subject.Packed(layer, subject.form_of(subject.as_tuple(x))), subject.flatten(x)
+    others = tuple(t.flip(0) if t.dim() else t for t in inputs) if other is None else subject.flatten(other)
+    douts = _normal_douts(layer, inputs, seed) if dout is None else subject.flatten(dout)
     oracle = Oracle(reference, module)
     return Sample(layer, inputs, douts, others, _normal_douts(layer, others, seed + 1), oracle, kinks or {}, seed)
 

@@ -24,7 +24,8 @@ CONTRACT = """The contract of a layer:
   forward(x) returns out, leaves x as it is, and records what backward needs on a stack.
   backward(dout) takes the latest record, adds to the .grad of every tensor that parameters() lists, leaves dout as it
   is, and returns dx with the shape and dtype of x: None for an integer x, a tuple with one entry per input if forward
-  takes several."""
+  takes several.
+  A tuple of outputs, or of inputs, may hold tuples; its dout, or dx, is nested as it is."""
 
 # ---------------------------------------------------------------- its tensors
 
@@ -49,6 +50,12 @@ def buffers(layer: Any) -> dict[str, Tensor]:
         return dict(layer.named_buffers())
     listed = {id(p) for p in parameters(layer).values()}
     return {name: value for name, value in tensors(layer).items() if id(value) not in listed}
+
+
+def state(layer: Any) -> dict[str, Tensor]:
+    """All of them as an equal module's `load_state_dict` wants them: a tensor with several names under each of them."""
+    layer = unwrap(layer)
+    return dict(layer.state_dict()) if hasattr(layer, "state_dict") else {**parameters(layer), **buffers(layer)}
 
 
 def tensors(layer: Any) -> dict[str, Tensor]:
@@ -131,11 +138,13 @@ def _stands_alone(t: Tensor) -> bool:
 
 def has_modes(layer: Any) -> bool:
     """Whether the layer can be switched between training and evaluation."""
+    layer = unwrap(layer)
     return hasattr(layer, "train") or hasattr(layer, "training")
 
 
 def set_mode(layer: Any, training: bool) -> None:
     """Switch the layer to training or evaluation, by its `train()`, or by its attribute `training`."""
+    layer = unwrap(layer)
     if hasattr(layer, "train"):
         layer.train(training)
     elif hasattr(layer, "training"):
@@ -168,6 +177,7 @@ class Result:
 
 def check_contract(layer: Any) -> None:
     """Raise ContractError unless the object has a forward and a backward of its own."""
+    layer = unwrap(layer)
     for method in ("forward", "backward"):
         if not callable(getattr(layer, method, None)) or getattr(type(layer), method, None) is getattr(Layer, method):
             raise ContractError(f"{name_of(layer)} has no {method}.\n{CONTRACT}")
@@ -216,6 +226,8 @@ def forward(layer: Any, inputs: tuple[Any, ...]) -> tuple[Tensor, ...]:
         outs = as_tuple(layer.forward(*inputs))
     except Exception as error:
         raise LayerCrash(f"forward raised {type(error).__name__}: {error}", inputs=inputs, method="forward") from error
+    if not outs:
+        raise ContractError("forward must return a tensor or a tuple of them; it returned a tuple of none")
     for i, out in enumerate(outs):
         if not isinstance(out, Tensor):
             which = "" if len(outs) == 1 else f" number {i}"
@@ -232,6 +244,8 @@ def raw_backward(layer: Any, inputs: tuple[Any, ...], douts: tuple[Tensor, ...],
     """Call backward; whatever it returns."""
     try:
         return layer.backward(douts if len(douts) > 1 else douts[0], **keywords)
+    except ContractError:
+        raise
     except Exception as error:
         text = f"backward raised {type(error).__name__}: {error}"
         raise LayerCrash(text, inputs=inputs, method="backward") from error
@@ -291,7 +305,7 @@ class StandIn:
         return getattr(self.wrapped_layer, name)
 
     def __repr__(self) -> str:
-        return repr(self.wrapped_layer)
+        return name_of(self.wrapped_layer)
 
     @property
     def training(self) -> bool:
@@ -324,11 +338,14 @@ def honest(layer: Any) -> Any:
 
 
 class Packed(StandIn):
-    """A layer with tuples among its inputs and outputs, as one with only tensors: an LSTM cell's (h, c)."""
+    """A layer as the checks call it: tensors in, and a tuple of tensors out, however the layer itself nests them.
 
-    def __init__(self, layer: Any, form: Any) -> None:
+    An LSTM cell takes (x, (h, c)) and returns (h, c), for example.
+    """
+
+    def __init__(self, layer: Any, form: tuple[Any, ...]) -> None:
         super().__init__(layer)
-        self.form = form  # nested tuples of None, one None per tensor
+        self.form = form  # of the inputs: nested tuples of None, one None per tensor
         self.out_form: Any = None
 
     def pack(self, inputs: tuple[Any, ...]) -> Any:
@@ -339,12 +356,18 @@ class Packed(StandIn):
         """The layer's forward, all its outputs in one tuple."""
         outs = super().forward(*self.pack(inputs))
         self.out_form = form_of(outs)
-        return flatten(outs) if isinstance(outs, tuple) else outs
+        return flatten(outs)
 
     def backward(self, dout: Any, **keywords: Any) -> Any:
-        """The layer's backward, all its dx in one tuple."""
+        """The layer's backward; where inputs are in tuples, all dx in one."""
         dx = super().backward(nest(self.out_form, list(as_tuple(dout))), **keywords)
-        return flatten(dx) if isinstance(dx, tuple) else dx
+        if not any(isinstance(part, tuple) for part in self.form):
+            return dx
+        wanted = self.form if len(self.form) > 1 else self.form[0]
+        if form_of(dx) != wanted and not keywords:
+            raise ContractError(f"backward must return {_shown(wanted)}, got {_shown(form_of(dx))}\n{CONTRACT}")
+        flat = flatten(dx)
+        return flat if len(flat) > 1 else flat[0]
 
 
 def packed(layer: Any, inputs: tuple[Any, ...]) -> Any:
@@ -360,6 +383,12 @@ def as_tuple(value: Any) -> tuple[Any, ...]:
 def form_of(value: Any) -> Any:
     """The nesting of tuples in a value, with None for everything else."""
     return tuple(form_of(v) for v in value) if isinstance(value, tuple) else None
+
+
+def _shown(form: Any) -> str:
+    """The nesting in words: ``(dx, (dx, dx))``."""
+    inside = [_shown(part) for part in form] if isinstance(form, tuple) else []
+    return f"({', '.join(inside)}{',' if len(inside) == 1 else ''})" if isinstance(form, tuple) else "dx"
 
 
 def nest(form: Any, flat: list[Any]) -> Any:

@@ -51,19 +51,18 @@ def faults(layer: type, *rows: tuple[str, ...], method: str = "backward", by: st
 
 faults(
     hg.Linear,
-    ("dweight averaged over the rows", "dout2.t().mm(x2)", "dout2.t().mm(x2) / max(len(x2), 1)"),
-    ("dbias averaged over the rows", "dout2.sum(0)", "dout2.mean(0)"),
-    ("dbias sums the first dimension only", "dout2.sum(0)",
+    ("dweight averaged over the rows", "dout_rows.t() @ rows(x)", "dout_rows.t() @ rows(x) / max(len(dout_rows), 1)"),
+    ("dbias averaged over the rows", "dout_rows.sum(0)", "dout_rows.mean(0)"),
+    ("dbias sums the first dimension only", "dout_rows.sum(0)",
      "dout.sum(0) if dout.dim() == 2 else dout.reshape(dout.shape[0], -1, dout.shape[-1])[:, 0].sum(0)"),
-    ("dx through a square weight not transposed", "dout2.mm(weight)",
-     "dout2.mm(weight.t() if weight.shape[0] == weight.shape[1] else weight)"),
-    ("dout written to in place", "dout2.mm(weight)", "dout2.mul_(1).mm(weight)", "ownership"),
-    ("dbias is a view of dout for a single row", "dout2.sum(0)", "dout2[0] if len(dout2) == 1 else dout2.sum(0)",
-     "reuse"),
-    ("rows read with view: fails for transposed dout", "dout2.t().mm(x2)",
-     "dout.view(-1, self.out_features).t().mm(x2)", "layouts"),
-    ("gradient assigned, not added", "self.add_grad(weight, dout2.t().mm(x2))", "weight.grad = dout2.t().mm(x2)",
-     "accumulation"),
+    ("dx through a square weight not transposed", "dout @ weight",
+     "dout @ (weight.t() if weight.shape[0] == weight.shape[1] else weight)"),
+    ("dout written to in place", "dout @ weight", "dout.mul_(1) @ weight", "ownership"),
+    ("dbias is a view of dout for a single row", "dout_rows.sum(0)",
+     "dout_rows[0] if len(dout_rows) == 1 else dout_rows.sum(0)", "reuse"),
+    ("rows read with view: fails for transposed dout", "rows(dout)", "dout.view(-1, self.out_features)", "layouts"),
+    ("gradient assigned, not added", "self.add_grad(weight, dout_rows.t() @ rows(x))",
+     "weight.grad = dout_rows.t() @ rows(x)", "accumulation"),
     ("reads the weight of now, not of its forward", "x, weight = self.pop(dout)",
      "x, weight = (self._records.pop()[0] if self._records else self.pop(dout))[0], self.weight", "aliasing"),
     ("looks at the record without taking it", "self.pop(dout)",
@@ -112,12 +111,12 @@ faults(
 )  # fmt: skip
 faults(
     hg.BatchNorm1d,
-    ("the path through the mean forgotten", "_column(dbias, x)", "_column(0 * dbias, x)"),
-    ("the path through the variance forgotten", "_column(dweight * rstd, x)", "_column(0 * dweight, x)"),
+    ("the path through the mean forgotten", "column(dbias), diff", "column(0 * dbias), diff"),
+    ("the path through the variance forgotten", "column(rstd * dweight)", "column(0 * dweight)"),
     ("statistics taken for constants", "if m is None:", "if True:"),
     ("n - 1 where n belongs", "value=n / max(m, 1)", "value=n / max(n - 1, 1)"),
-    ("weight squared in the variance's path", "_column(dweight * rstd, x)",
-     "_column(dweight * rstd * (1 if weight is None else weight), x)"),
+    ("weight squared in the variance's path", "column(rstd * dweight)",
+     "column(rstd * dweight * (1 if weight is None else weight))"),
     ("dweight of x - mean, not of xhat", "self.add_grad(weight, dweight)", "self.add_grad(weight, dweight / rstd)"),
     ("dbias averaged", "self.add_grad(self.bias, dbias)",
      "self.add_grad(self.bias, dbias / max(x.numel() // self.num_features, 1))"),
@@ -136,17 +135,19 @@ faults(
 )  # fmt: skip
 faults(
     hg.CrossEntropy,
-    ("the mean's 1/N forgotten", "dloss = share if dloss is None else dloss * share", "pass"),
-    ("dout ignored: right for the plain loss.backward()", "Tensor | float | None = dout",
-     "Tensor | float | None = dout if dout is not None and dout.dim() else None"),
-    ("label smoothing forgotten in backward", "s, classes = self.label_smoothing,", "s, classes = 0.0,"),
-    ("divided by the classes, too", "return dx if dloss is None else",
-     "dx /= classes\n    return dx if dloss is None else"),
-    ("sign turned round", "return dx if dloss is None else", "dx.neg_()\n    return dx if dloss is None else"),
-    ("each row's gradient shifted so that it sums to 1", "return dx if dloss is None else",
-     "dx += 1 / classes\n    return dx if dloss is None else"),
-    ("ignored rows get the gradient of their class 0", "if used is not None:", "if False:"),
+    ("dout ignored: right for the plain loss.backward()", "self._dlosses(dout,",
+     "self._dlosses(dout if dout is not None and dout.dim() else None,"),
+    ("label smoothing forgotten in backward", "s, C, column = self.label_smoothing,", "s, C, column = 0.0,"),
+    ("divided by the classes, too", "return dx.mul_(", "return dx.div_(C).mul_("),
+    ("sign turned round", "return dx.mul_(", "return dx.neg_().mul_("),
+    ("each row's gradient shifted so that it sums to 1", "return dx.mul_(", "return dx.add_(1 / C).mul_("),
 )  # fmt: skip
+faults(
+    hg.CrossEntropy,
+    ("the mean's 1/N forgotten", "self.dlosses(dout, logp, count)", "self.dlosses(dout, logp, 1)"),
+    ("ignored rows get the gradient of their class 0", "if used is not None:", "if False:"),
+    method="_dlosses",
+)
 
 
 def walk(step: str = "dout = layer.backward(dout)", result: str = "dout") -> tuple[str, str]:
@@ -207,10 +208,10 @@ faults(
 )
 faults(
     hg.Sum,
-    ("averaged", "[dout] * len(self.bodies)", "[dout / len(self.bodies)] * len(self.bodies)"),
+    ("averaged", "[dout] * len(self.layers)", "[dout / len(self.layers)] * len(self.layers)"),
     ("the first body's dx only", "return _total(dxs) if", "return dxs[0] if"),
     ("the last body's dx only", "return _total(dxs) if", "return dxs[-1] if"),
-    ("the last body gets nothing", "[dout] * len(self.bodies)", "[*[dout] * (len(self.bodies) - 1), 0 * dout]"),
+    ("the last body gets nothing", "[dout] * len(self.layers)", "[*[dout] * (len(self.layers) - 1), 0 * dout]"),
     ("dout written to", "self.pop(dout)", "self.pop(dout); dout.mul_(1)", "ownership"),
     ("dx doubled", "return _total(dxs) if", "return 2 * _total(dxs) if"),
 )
@@ -248,106 +249,87 @@ faults(
 faults(
     hg.Sigmoid,
     ("out + out^2", "value=-1", "value=1"),
-    ("out forgotten", "torch.addcmul(o, o, o, value=-1, out=dx)", "torch.sub(1, o, out=dx)"),
-    ("dout forgotten", ".mul_(d)", ""),
-    ("out - out^3", "torch.addcmul(o, o, o,", "torch.addcmul(o, o, o * o,"),
-    (
-        "written into out",
-        "torch.addcmul(o, o, o, value=-1, out=dx)",
-        "o.addcmul_(o, o, value=-1).clone()",
-        "ownership",
-    ),
-    ("sigmoid once more", "torch.addcmul(o, o, o,", "torch.addcmul(o, o, torch.sigmoid(o),"),
+    ("out forgotten", "torch.addcmul(out, out, out, value=-1)", "(1 - out)"),
+    ("dout forgotten", "return dout * torch", "return torch"),
+    ("out - out^3", "torch.addcmul(out, out, out,", "torch.addcmul(out, out, out * out,"),
+    ("written into out", "torch.addcmul(out, out, out,", "out.addcmul_(out, out,", "ownership"),
+    ("sigmoid once more", "torch.addcmul(out, out, out,", "torch.addcmul(out, out, torch.sigmoid(out),"),
 )
 faults(
     hg.ReLU,
-    ("slope 1 everywhere", "torch.ne(o, 0,", "torch.ge(o, 0,"),
-    ("slope where out is 0", "torch.ne(o, 0,", "torch.eq(o, 0,"),
-    ("threshold at a half", "torch.ne(o, 0,", "torch.gt(o, 0.5,"),
-    ("dout forgotten", ".mul_(d)", ""),
-    ("the derivative of the square", ".mul_(d)", ".mul_(d).mul_(2 * o)"),
-    ("in float32", ".mul_(d)", ".mul_(d).float()"),
+    ("slope 1 everywhere", "out.sign()", "torch.ones_like(out)"),
+    ("slope where out is 0", "out.sign()", "(out == 0)"),
+    ("threshold at a half", "out.sign()", "(out > 0.5)"),
+    ("dout forgotten", "dout * out.sign()", "out.sign()"),
+    ("the derivative of the square", "out.sign()", "(2 * out)"),
+    ("in float32", "dout * out.sign()", "(dout * out.sign()).float()"),
 )
 faults(
     hg.LeakyReLU,
-    ("as ReLU", "dx.lerp_(d, self.negative_slope)", "dx"),
+    ("as ReLU", "self.negative_slope * dout", "0 * dout"),
     ("slope 0.01 whatever was asked for", "self.negative_slope", "0.01"),
-    ("the sides exchanged", "torch.gt(x", "torch.le(x"),
+    ("the sides exchanged", "x.sign()", "x.neg().sign()"),
     ("slope squared", "self.negative_slope", "self.negative_slope ** 2"),
-    ("dout forgotten", ".mul_(d)", ""),
-    ("slope 1 everywhere", "dx.lerp_(d, self.negative_slope)", "dx.copy_(d)"),
+    ("dout forgotten", "# out = x where", "dout = torch.ones_like(dout)  # out = x where"),
+    ("slope 1 everywhere", "torch.lerp(self.negative_slope * dout, dout, positive)", "dout.clone()"),
 )
 faults(
     hg.SiLU,
-    ("as sigmoid", "torch.addcmul(x, x, s, value=-1, out=dx)", "torch.zeros_like(x)"),
+    ("as sigmoid", "torch.addcmul(x, x, s, value=-1)", "torch.zeros_like(x)"),
     ("1 + s", "value=-1", "value=1"),
-    ("s forgotten", "torch.addcmul(s, s, rest,", "torch.addcmul(s, torch.ones_like(s), rest,"),
-    ("the first s forgotten", "torch.addcmul(s, s, rest,", "torch.mul(s, rest,"),
-    ("dout forgotten", ".mul_(d)", ""),
-    ("written into x", "value=-1, out=dx)", "value=-1, out=x).clone()", "ownership"),
+    ("s forgotten", "torch.addcmul(s, s, x_rest)", "(s + x_rest)"),
+    ("the first s forgotten", "torch.addcmul(s, s, x_rest)", "s * x_rest"),
+    ("dout forgotten", "return dout * torch", "return torch"),
+    ("written into x", "torch.addcmul(x, x, s, value=-1)", "x.addcmul_(x, s, value=-1)", "ownership"),
 )
 faults(
     hg.GELU,
-    ("the tanh form for both", 'if self.approximate == "none":', "if False:"),
-    ("the exact form for both", 'if self.approximate == "none":', "if True:"),
-    ("density of deviation 2", "-0.5 * LOG2_E", "-0.25 * LOG2_E"),
-    ("x phi(x) forgotten", "erf.addcmul_(x, density, value=math.sqrt(2 / math.pi))", "erf"),
-    ("1/3 of the cubic term", "w.lerp_(v, 3.0)", "w.copy_(v)"),
-    ("u for 2u", "rest.addcmul_(rest, s, value=-1)", "rest.addcmul_(rest, s, value=-1).mul_(0.5)"),
+    ("the tanh form for both", 'exact if self.approximate == "none" else approximate', "approximate"),
+    ("the exact form for both", 'exact if self.approximate == "none" else approximate', "exact"),
+    ("density of deviation 2", "x * x / -2", "x * x / -4"),
+    ("x phi(x) forgotten", "torch.addcmul(Phi, x, phi)", "Phi"),
+    ("1/3 of the cubic term", "torch.lerp(w, v, 3.0)", "v"),
+    ("u for 2u", "torch.addcmul(xdv, xdv, s, value=-1)", "torch.addcmul(xdv, xdv, s, value=-1) / 2"),
 )
 faults(
     hg.Softmax,
-    ("no Jacobian", "torch.sub(d, dx.sum(self.dim, keepdim=True), out=dx)", "d.clone()"),
-    ("as if classes were independent", "torch.sub(d, dx.sum(self.dim, keepdim=True), out=dx)", "(d * (1 - o))"),
+    ("no Jacobian", "(dout - (dout * out).sum(self.dim, keepdim=True))", "dout"),
+    ("as if classes were independent", "(dout - (dout * out).sum(self.dim, keepdim=True))", "dout * (1 - out)"),
     ("the sum over another dimension", "sum(self.dim,", "sum(0 if self.dim else -1,"),
     ("the mean", ".sum(self.dim", ".mean(self.dim"),
-    ("the sum of dout alone", "torch.mul(d, o, out=dx)", "d.clone()"),
-    (
-        "written into dout",
-        "torch.sub(d, dx.sum(self.dim, keepdim=True), out=dx)",
-        "d.sub_(dx.sum(self.dim, keepdim=True)).clone()",
-        "ownership",
-    ),
+    ("the sum of dout alone", "(dout * out).sum(", "dout.sum("),
+    ("written into dout", "dout - (dout * out)", "dout.mul_(1) - (dout * out)", "ownership"),
 )
 faults(
     hg.LogSoftmax,
-    ("the sum forgotten", ".mul_(d.sum(self.dim, keepdim=True))", ""),
-    ("the mean", "d.sum(self.dim", "d.mean(self.dim"),
-    ("log probabilities for probabilities", "exp(o, out=dx)", "o.clone()"),
-    ("the exponential in place", "exp(o, out=dx)", "o.exp_().clone()", "ownership"),
-    ("softmax's Jacobian", "d.sum(self.dim", "(d * o.exp()).sum(self.dim"),
-    ("the sum over another dimension", "d.sum(self.dim", "d.sum(0 if self.dim else -1"),
+    ("the sum forgotten", " * dout.sum(self.dim, keepdim=True)", ""),
+    ("the mean", "dout.sum(self.dim", "dout.mean(self.dim"),
+    ("log probabilities for probabilities", "exp(out)", "out"),
+    ("the exponential in place", "exp(out)", "out.exp_()", "ownership"),
+    ("softmax's Jacobian", "dout.sum(self.dim", "(dout * exp(out)).sum(self.dim"),
+    ("the sum over another dimension", "dout.sum(self.dim", "dout.sum(0 if self.dim else -1"),
 )
 
 # ---------------------------------------------------------------- normalisation, dropout, flattening
 
 faults(
     hg.LayerNorm,
-    ("the path through the mean forgotten", ".add_(through_mean)", ""),
-    ("the path through the variance forgotten", "xhat.mul_(through_var)", "xhat.mul_(0)"),
-    ("weight forgotten in dx", "torch.mul(d, flat, out=product)", "d"),
-    ("dweight of x, not of xhat", "torch.mul(d, xhat, out=product)", "torch.mul(d, x, out=product)"),
-    ("dweight averaged", "product.sum(0)", "product.mean(0)"),
-    ("weight forgotten in the averages", "_minus_average(product, shares)", "_minus_average(product, None)"),
-    (
-        "dx written into dout",
-        "xhat.mul_(through_var).add_(through_mean).add_(dxhat).mul_(rstd)",
-        "d.copy_(xhat.mul_(through_var).add_(through_mean).add_(dxhat).mul_(rstd))",
-        "ownership",
-    ),
+    ("the path through the mean forgotten", " - _avg(dxhat) ", " "),
+    ("the path through the variance forgotten", " - xhat * _avg(dxhat * xhat)", ""),
+    ("weight forgotten in dx", "dxhat = dout * gain", "dxhat = dout"),
+    ("dweight of x, not of xhat", "(dout * xhat).sum(0)", "(dout * x).sum(0)"),
+    ("dweight averaged", "(dout * xhat).sum(0)", "(dout * xhat).mean(0)"),
+    ("weight forgotten in the averages", "_avg(dxhat", "_avg(dout"),
+    ("dx written into dout", "return dx, dweight", "return dout.copy_(dx), dweight", "ownership"),
 )
 faults(
     hg.RMSNorm,
-    ("the path through rstd forgotten", "xhat.mul_(_minus_average(product, shares))", "xhat.mul_(0)"),
-    (
-        "a mean subtracted, as in LayerNorm",
-        "_minus_average(product, shares)",
-        "(_minus_average(product, shares) - d.mean())",
-    ),
-    ("weight forgotten in dx", "dx.addcmul_(d, flat)", "dx.add_(d)"),
-    ("dweight of x, not of xhat", "torch.mul(d, xhat, out=product)", "torch.mul(d, x, out=product)"),
-    ("weight forgotten in the average", "_minus_average(product, shares)", "_minus_average(product, None)"),
-    ("rstd squared", "flat)).mul_(rstd)", "flat)).mul_(rstd * rstd)"),
+    ("the path through rstd forgotten", " - xhat * _avg(dxhat * xhat)", ""),
+    ("a mean subtracted, as in LayerNorm", "rstd * (dxhat", "rstd * (dxhat - _avg(dxhat)"),
+    ("weight forgotten in dx", "dxhat = dout * gain", "dxhat = dout"),
+    ("dweight of x, not of xhat", "(dout * xhat).sum(0)", "(dout * x).sum(0)"),
+    ("weight forgotten in the average", "_avg(dxhat", "_avg(dout"),
+    ("rstd squared", "rstd * (dxhat", "rstd * rstd * (dxhat"),
 )
 faults(
     hg.Dropout,
@@ -376,98 +358,107 @@ faults(
 
 faults(
     hg.SelfAttention,
-    ("softmax's sum forgotten", "dp.addcmul_(p, dp.sum(-1, keepdim=True), value=-1)", "dp"),
-    ("the sum over the queries", "dp.sum(-1, keepdim=True)", "dp.sum(-2, keepdim=True)"),
-    ("the scale forgotten in dq", ".div_(math.sqrt(q.shape[-1]))", ""),
+    ("softmax's sum forgotten", "(dp - (dp * p).sum(-1, keepdim=True))", "dp"),
+    ("the sum over the queries", ".sum(-1, keepdim=True)", ".sum(-2, keepdim=True)"),
+    ("the scale forgotten in dq", " / math.sqrt(q.shape[-1])", ""),
     ("the scale twice in dk", "ds.mT.bmm(q)", "ds.mT.bmm(q) / math.sqrt(q.shape[-1])"),
     ("p not transposed in dv", "p.mT.bmm(dy)", "p.bmm(dy)"),
     ("q and k exchanged", "self._merge(dq, dk, dv)", "self._merge(dk, dq, dv)"),
-    ("the output projection skipped", "self.out_proj.backward(dout)", "(self.out_proj.backward(dout), dout)[1]"),
-    ("written into p", "dp.mul_(p)", "dp = p.mul_(dp)"),
+    (
+        "the output projection skipped",
+        'self.out_proj.backward_at("out_proj", dout)',
+        '(self.out_proj.backward_at("out_proj", dout), dout)[1]',
+    ),
+    ("written into p", "(dp * p).sum(", "p.mul_(dp).sum("),
 )
 faults(
     hg.RNNCell,
-    ("1 - out", "_tanh_slope(out)", "1 - out"),
-    ("relu's slope turned round", "out <= 0", "out > 0"),
-    method="slopes",
-)
-faults(
-    hg.RNNCell,
-    ("dh through dout, not db", "db @ record[2]", "dafter[0] @ record[2]"),
-    ("dh not through weight_hh", "db @ record[2]", "db"),
-    ("weight_hh transposed", "db @ record[2]", "db @ record[2].t()"),
-)
-faults(
-    hg.RNNCell,
-    ("the gradients by the input and by the state exchanged", "self.bias_hh, h, db", "self.bias_hh, x, db"),
+    ("1 - out", "(1 - out * out)", "(1 - out)"),
+    ("relu's slope turned round", "out.sign()", "(out <= 0)"),
+    ("dh through dout, not db", "dh = db @", "dh = dout @"),
+    ("dh not through weight_hh", "dh = db @ weight_hh", "dh = db"),
+    ("weight_hh transposed", "db @ weight_hh", "db @ weight_hh.t()"),
+    ("the gradients by the input and by the state exchanged", "rows(db).t() @ rows(h)", "rows(db).t() @ rows(x)"),
     ("dx through the other weight", "da @ weight_ih", "da @ weight_hh"),
-    ("the gradient of bias_hh given to bias_ih", "self._add_grads(weight_hh, self.bias_hh,",
-     "self._add_grads(weight_hh, self.bias_ih,"),
-    method="_affine_backward",
-)  # fmt: skip
-faults(
-    hg.RNNCell,
-    ("the sum over the steps a mean", "dout.sum(0)", "dout.mean(0)"),
-    ("the last row only", "dout.t() @ x.reshape(-1, x.shape[-1])", "dout[-1:].t() @ x.reshape(-1, x.shape[-1])[-1:]"),
-    method="_add_grads",
-)
-faults(
-    hg.RNNCell,
-    ("the state's gradient not handed on", "dbefore[0] + dout_t", "dout_t"),
-    ("only the last state's gradient", "dbefore[0] + dout_t", "dbefore[0]"),
-    ("the steps' gradients in reversed order", "torch.stack(tensors[::-1])", "torch.stack(tensors)"),
-    ("the first state's gradient before weight_hh", "_bare(dbefore)", "_bare(dafter)"),
-    method="scan_backward",
+    ("the gradient of bias_hh given to bias_ih", "self.add_grad(self.bias_hh,", "self.add_grad(self.bias_ih,"),
+    ("dbias_ih averaged over the rows", "rows(da).sum(0)", "rows(da).mean(0)"),
+    ("dweight_hh of the last row only", "rows(db).t() @ rows(h)", "rows(db)[-1:].t() @ rows(h)[-1:]"),
 )
 faults(
     hg.GRUCell,
-    ("z for 1 - z", ".mul_(1 - z)", ".mul_(z)"),
+    ("z for 1 - z", "dout * (1 - z)", "dout * z"),
     ("n's sign in dz", "(h - n)", "(h + n)"),
-    ("r forgotten before weight_hh", "shn = sn * r", "shn = sn * 1"),
-    ("hn forgotten in dr", ".mul_(shn).mul_(hn)", ".mul_(shn)"),
-    ("gates in the wrong order", "torch.stack([sr, sz, shn]", "torch.stack([sz, sr, shn]"),
+    ("r forgotten before weight_hh", "dan * r", "dan"),
+    ("bn forgotten in dr", "dan * bn", "dan"),
+    ("gates in the wrong order", "[dar, daz, dan]", "[daz, dar, dan]"),
     ("h of the step after", "(h - n)", "(torch.lerp(n, h, z) - n)"),
-    method="slopes",
-)
-faults(
-    hg.GRUCell,
-    ("the direct way to h forgotten", "torch.addcmul(dh, dout, z)", "dh"),
-    ("the direct way through 1 - z", "torch.addcmul(dh, dout, z)", "torch.addcmul(dh, dout, 1 - z)"),
-    method="dbefore",
-)
-faults(hg.GRUCell, ("hn's gradient for xn's", "db[..., 2 * self.hidden_size :] = dout * sn", "pass"), method="da")
-faults(
-    hg.LSTMCell,
-    ("tanh' forgotten", "_tanh_slope(u).mul_(o)", "o.clone()"),
-    ("o forgotten", "_tanh_slope(u).mul_(o)", "_tanh_slope(u)"),
-    ("i and f exchanged", "torch.stack([si, sf, sg]", "torch.stack([sf, si, sg]"),
-    ("g' as of a sigmoid", "_tanh_slope(g).mul_(i)", "(1 - g).mul_(g).mul_(i)"),
-    method="slopes",
+    ("the direct way to h forgotten", "dout * z + db @", "db @"),
+    ("the direct way through 1 - z", "dout * z + db @", "dout * (1 - z) + db @"),
+    ("bn's gradient for an's", "[dar, daz, dan]", "[dar, daz, dbn]"),
 )
 faults(
     hg.LSTMCell,
-    ("the cell's own gradient forgotten", "torch.addcmul(dc_out, dh_out, su)", "dh_out * su"),
-    ("c's gradient through h forgotten", "torch.addcmul(dc_out, dh_out, su)", "dc_out"),
-    ("o's gradient by c", "dh_out * so", "dc * so"),
-    method="db",
-)
-faults(
-    hg.LSTMCell,
-    ("f forgotten in dc", ".mul_(f)", ""),
-    ("dc by what went out alone", "torch.addcmul(dc_out, dh_out, su)", "dc_out.clone()"),
-    method="dbefore",
+    ("tanh' forgotten", "du * (1 - u * u)", "du"),
+    ("o forgotten", "dh_out * o", "dh_out"),
+    ("i and f exchanged", "[dai, daf, dag, dao]", "[daf, dai, dag, dao]"),
+    ("g' as of a sigmoid", "dg * (1 - g * g)", "dg * g * (1 - g)"),
+    ("the cell's own gradient forgotten", "dc_out = dc_out + du", "dc_out = du"),
+    ("c's gradient through h forgotten", "dc_out + du * (1 - u * u)", "dc_out"),
+    ("o's gradient by c", "dh_out * u", "dc_out * u"),
+    ("f forgotten in dc", "dc_out * f", "dc_out"),
+    ("dc by what went out alone", "(dx, (dh, dc))", "(dx, (dh, dout[1] * f))"),
 )
 faults(
     hg.Unroll,
-    ("the last piece's dout everywhere", "dout[start : start + steps]", "dout[-steps:][: T - start]"),
-    ("the pieces' dx in reversed order", "dxs[::-1]", "dxs"),
-    ("dx stacked along another dimension", "_joined(dxs[::-1]).movedim(0, self.dim)", "_joined(dxs[::-1])"),
-    ("never cut", "dstate if start == 0 else None", "dstate"),
-    ("the gradient of the last state forgotten", "_zeros(dout[0], rest) if dstate is None else dstate",
-     "_zeros(dout[0], rest)"),
-    ("the gradient of the last state written to", "_zeros(dout[0], rest) if dstate is None else dstate",
-     "_zeros(dout[0], rest) if dstate is None else tuple([d.mul_(1) for d in dstate])", "ownership"),
+    ("the last step's dout everywhere", "dout.select(self.dim, t)", "dout.select(self.dim, -1)"),
+    ("the steps' dx in reversed order", "dxs[::-1]", "dxs"),
+    ("dx stacked along another dimension", "dxs[::-1], self.dim", "dxs[::-1], 1 - self.dim"),
+    ("never cut", "_each(torch.zeros_like, dstate)", "dstate"),
+    ("the gradient of the last state forgotten", "dout, dstate = dout if self.return_state else (dout,",
+     "dout = dout[0] if self.return_state else dout; dout, dstate = (dout,"),
+    ("the gradient of the last state written to", "dout, dstate = dout if self.return_state",
+     "dout, dstate = (dout[0], _each(lambda d: d.mul_(1), dout[1])) if self.return_state", "ownership"),
 )  # fmt: skip
+faults(
+    hg.RNN,
+    ("the state's gradient not handed on", "(dout_t + dh)", "dout_t"),
+    ("only the last state's gradient", "(dout_t + dh)", "(0 * dout_t + dh)"),
+    ("the gradient of the last state forgotten", "dout if self.return_state else (dout, 0)",
+     "(dout[0] if self.return_state else dout, 0)"),
+    ("the steps' gradients in reversed order", "das[::-1]", "das"),
+    ("the first state's gradient before weight_hh", "(dx, dh)", "(dx, das[-1])"),
+    ("the slope at the state before", "1 - h[1:] * h[1:]", "1 - h[:-1] * h[:-1]"),
+    ("dweight_hh by the state after", "h[:-1], da", "h[1:], da"),
+)  # fmt: skip
+faults(
+    hg.RNN,
+    ("bias_hh summed over time only", "rows(db).sum(0)", "db.sum(0) if db.dim() == 2 else db.sum(0)[0]"),
+    ("bias_hh forgotten", "self.add_grad(self.bias_hh_l0, rows(db).sum(0))", "pass"),
+    method="add_grads",
+)
+faults(
+    hg.GRU,
+    ("r and z exchanged", "[sr, sz, sn * r]", "[sz, sr, sn * r]"),
+    ("r forgotten before weight_hh", "sn * r]", "sn]"),
+    ("r before weight_ih, too", "dh_all * sn]", "dh_all * sn * r]"),
+    ("the direct way to h forgotten", "torch.addcmul(db_t @ weight_hh, dhs[-1], z_t)", "db_t @ weight_hh"),
+    ("the direct way alone", "torch.addcmul(db_t @ weight_hh, dhs[-1], z_t)", "dhs[-1] * z_t"),
+    ("the gradient of the last state forgotten", "dout if self.return_state else (dout,",
+     "(dout[0] if self.return_state else dout,"),
+    ("the steps' gradients in reversed order", "dhs[::-1]", "dhs"),
+    ("h of the step after in dz", "(h[:-1] - n)", "(h[1:] - n)"),
+)  # fmt: skip
+faults(
+    hg.LSTM,
+    ("i and f exchanged", "[si, sf, sg]", "[sf, si, sg]"),
+    ("o's gradient by c", "dh * so_t", "dc * so_t"),
+    ("c's gradient through h forgotten", "torch.addcmul(dc, dh, su_t)", "dc"),
+    ("f forgotten in dc", "dc * f_t", "dc"),
+    ("c of the step after in df", "c[:-1] * f", "c[1:] * f"),
+    ("the gradient of the last c forgotten", "i, f = i_f", "dc = torch.zeros_like(dc); i, f = i_f"),
+    ("the state's gradient not handed on", "dh = dout_t + dh", "dh = dout_t"),
+    ("the steps' gradients in reversed order", "das[::-1]", "das"),
+)
 
 # ---------------------------------------------------------------- convolution and pooling
 
@@ -517,30 +508,31 @@ faults(
 
 faults(
     hg.MSE,
-    ("the 2 forgotten", "(2 / max(diff.numel(), 1) if", "(1 / max(diff.numel(), 1) if"),
+    ("the 2 forgotten", "2 * dlosses", "dlosses"),
     ("divided by the rows alone", "max(diff.numel(), 1)", "max(len(diff) if diff.dim() else 1, 1)"),
-    ("the mean for the sum, too", 'if self.reduction == "mean" else 2)', ")"),
-    ("the sign", "dx: Tensor = diff *", "dx: Tensor = -diff *"),
-    ("dout forgotten", "return dx if dout is None else dx.mul_(dout)", "return dx"),
-    ("the square's root", "dx: Tensor = diff *", "dx: Tensor = diff.sign() *"),
-)
+    ("the mean for the sum, too", "2 * dlosses",
+     "2 / (1 if self.reduction == 'mean' else max(diff.numel(), 1)) * dlosses"),
+    ("the sign", "2 * dlosses", "-2 * dlosses"),
+    ("dout forgotten", "self.dlosses(dout,", "self.dlosses(None,"),
+    ("the square's root", "dlosses * diff", "dlosses * diff.sign()"),
+)  # fmt: skip
 faults(
     hg.BCEWithLogits,
-    ("the sign", "dx.div_(max(x.numel(), 1))", "dx.div_(-max(x.numel(), 1))"),
+    ("the sign", "return dlosses", "return -dlosses"),
     ("pos_weight forgotten", "a = self._slope(target)", "a = None"),
     ("weight forgotten", "if weight is not None:", "if False:"),
     ("divided by the rows alone", "max(x.numel(), 1)", "max(len(x) if x.dim() else 1, 1)"),
-    ("dout forgotten", "return dx if dout is None else dx.mul_(dout)", "return dx"),
-    ("sigmoid's slope once more", "return dx if", "dx = dx * torch.sigmoid(x)\n    return dx if"),
+    ("dout forgotten", "self.dlosses(dout,", "self.dlosses(None,"),
+    ("sigmoid's slope once more", "return dlosses", "return torch.sigmoid(x) * dlosses"),
 )
 faults(
     hg.LinearCrossEntropy,
-    ("the last chunk's dweight only", "dweight.addmm_(dz.t(), rows[a:b])", "dweight = dz.t() @ rows[a:b]"),
-    ("the onehot forgotten", "dz.scatter_add_(1, y[a:b, None], -dloss[a:b, None])", "pass"),
-    ("ignored rows not ignored", "used.to(x.dtype)", "x.new_ones(len(y))"),
-    ("divided by all rows", "dloss.sum().clamp_min_(1)", "max(len(y), 1)"),
-    ("the bias forgotten in z", "dz = linear(rows[a:b], weight, bias)", "dz = linear(rows[a:b], weight)"),
-    ("dout forgotten for dweight", "dbias.add_(dz.sum(0))", "dbias.add_(dz.mean(0))"),
+    ("the last chunk's dweight only", "dweight.addmm_(dz.t(), xs[a:b])", "dweight = dz.t() @ xs[a:b]"),
+    ("the onehot forgotten", "dz.scatter_add_(1, y[a:b, None], -dlosses[a:b])", "pass"),
+    ("ignored rows not ignored", "dlosses if used is None else dlosses.where(used, 0)", "dlosses"),
+    ("divided by all rows", "count = max(len(y), 1) if used is None else", "count = max(len(y), 1) if True else"),
+    ("the bias forgotten in z", "linear(xs[a:b], weight, bias)", "linear(xs[a:b], weight)"),
+    ("dbias averaged over the chunk", "dz.sum(0)", "dz.mean(0)"),
 )
 
 # ---------------------------------------------------------------- images

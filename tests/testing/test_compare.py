@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from handgrad import Tanh
-from handgrad.testing import GradientMismatch, compare
+from handgrad import LSTM, Linear, Sequential, Tanh, twins
+from handgrad.testing import GradientMismatch, OracleError, compare
 
 
 def test_compare_finds_a_wrong_backward():
@@ -21,3 +21,42 @@ def test_compare_finds_a_wrong_backward():
     compare(Tanh(), nn.Tanh(), x)
     with pytest.raises(GradientMismatch, match="dx is wrong in training step 1"):
         compare(Wrong(), nn.Tanh(), x)
+
+
+def test_tied_weights_are_given_to_the_module_under_all_their_names():
+    """And its gradient is that of both uses."""
+    first, second, theirs = Linear(3, 3), Linear(3, 3), nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    second.weight, theirs[1].weight = first.weight, theirs[0].weight
+    layer = Sequential(first, second)
+    assert [name for name, _ in layer.named_parameters()] == ["0.weight", "0.bias", "1.bias"]
+    compare(layer, theirs, torch.randn(4, 3))
+    untied = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    with pytest.raises(GradientMismatch, match=r"0\.weight is wrong in training step 1"):
+        compare(layer, untied, torch.randn(4, 3))
+
+
+def test_a_layer_without_state_dict_gives_its_parameters_and_buffers():
+    class Affine:
+        def __init__(self):
+            self.weight, self.bias, self.records = torch.randn(2, 3), torch.randn(2), []
+
+        def forward(self, x):
+            self.records.append(x)
+            return x @ self.weight.t() + self.bias
+
+        def backward(self, dout):
+            x = self.records.pop()
+            for p, grad in ((self.weight, dout.t() @ x), (self.bias, dout.sum(0))):
+                p.grad = grad if p.grad is None else p.grad + grad
+            return dout @ self.weight
+
+    compare(Affine(), nn.Linear(3, 2), torch.randn(4, 3))
+    with pytest.raises(OracleError, match="under the same names"):
+        compare(Affine(), nn.Linear(3, 2, bias=False), torch.randn(4, 3))
+
+
+def test_inputs_and_outputs_may_be_nested():
+    """As a state is, in and out."""
+    state = (torch.randn(2, 4), torch.randn(2, 4))
+    compare(LSTM(3, 4, return_state=True), twins.LSTM(3, 4, return_state=True), torch.randn(5, 2, 3))
+    compare(LSTM(3, 4, return_state=True), twins.LSTM(3, 4, return_state=True), (torch.randn(5, 2, 3), state))

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from handgrad import Embedding, Layer
-from handgrad.testing import ContractError, LayerCrash, check_layer
+from handgrad.testing import ContractError, LayerCrash, assert_gradients, check_layer
+from handgrad.testing.subject import flatten
 from tests.testing.strangers import Double
 
 
@@ -97,6 +98,59 @@ def test_what_backward_returns_is_told_the_contract(returned, text):
         check_layer(Returns, x="*N")
     assert text in str(caught.value)
     assert "The contract of a layer" in str(caught.value)
+
+
+def nests(nest=lambda out: out, nest_dx=lambda dx: dx):
+    """A layer with its output in some nesting of tuples, and the dx of its input in some."""
+
+    class Nests(Double):
+        def forward(self, x):
+            out = nest(2 * (x[0] if isinstance(x, tuple) else x))
+            self.push(out=out)
+            return out
+
+        def backward(self, dout):
+            self.pop(dout)
+            return nest_dx(2 * sum(flatten(dout)))
+
+    return Nests
+
+
+NESTINGS = {
+    "(out,)": lambda out: (out,),
+    "(out, out)": lambda out: (out, out.clone()),
+    "(out, (out, out))": lambda out: (out, (out.clone(), out.clone())),
+    "(((out,),), out)": lambda out: (((out,),), out.clone()),
+}
+
+
+@pytest.mark.parametrize("nest", NESTINGS.values(), ids=NESTINGS)
+def test_outputs_may_be_nested_in_tuples(nest):
+    """Dout then comes nested as they are."""
+    assert check_layer(nests(nest), x="*N", reference=lambda x: nest(2 * x)).oracle == "reference"
+    assert_gradients(nests(nest)(), torch.ones(3, dtype=torch.float64))
+
+
+def test_an_empty_tuple_is_no_output():
+    with pytest.raises(ContractError, match="must return a tensor or a tuple of them; it returned a tuple of none"):
+        check_layer(nests(lambda out: ()), x="*N")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "text"),
+    [
+        (lambda dx: dx, "dx"),
+        (lambda dx: (dx, dx), "(dx, dx)"),
+        (lambda dx: ((dx,),), "((dx,),)"),
+        (lambda dx: (), "()"),
+    ],
+)
+def test_dx_is_nested_as_the_inputs_are(wrong, text):
+    """An input that is a tuple of one has a dx that is a tuple of one."""
+    check_layer(nests(nest_dx=lambda dx: (dx,)), x=[("*N",)])
+    with pytest.raises(ContractError) as caught:
+        check_layer(nests(nest_dx=wrong), x=[("*N",)])
+    assert f"backward must return (dx,), got {text}\nThe contract of a layer" in str(caught.value)
 
 
 def test_what_forward_returns_is_told():
