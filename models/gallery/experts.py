@@ -20,10 +20,11 @@ class Mix(Layer):
 
     def forward(self, weights: Tensor, answers: Tensor) -> Tensor:
         self.check_input(weights)
-        N, E = weights.shape
-        if answers.dim() != 2 or answers.shape[0] != N or answers.shape[1] % E:
-            raise self.error(ShapeError, "forward", f"answers must be ({N}, {E} D), got {tuple(answers.shape)}")
-        answers = answers.view(N, E, answers.shape[1] // E)
+        fits = weights.dim() == answers.dim() == 2 and len(weights) == len(answers)
+        if not fits or weights.shape[1] == 0 or answers.shape[1] % weights.shape[1]:
+            problem = "weights must be (N, E) with E at least 1, and answers (N, E D), got "
+            raise self.error(ShapeError, "forward", f"{problem}{tuple(weights.shape)} and {tuple(answers.shape)}")
+        answers = answers.unflatten(1, (weights.shape[1], answers.shape[1] // weights.shape[1]))
         out = torch.einsum("ne,ned->nd", weights, answers)
         self.push(weights, answers, out=out)
         return out
