@@ -87,6 +87,7 @@ LAYERS: dict[str, Callable[[ModuleType, int, int], tuple[Any, tuple[Any, ...]]]]
     "LinearCrossEntropy": lambda hg, N, D: (hg.LinearCrossEntropy(D, D), (x_of(N, D), labels((N,), D))),
     "Residual": lambda hg, N, D: (hg.Residual(hg.Sequential(hg.Linear(D, D), hg.Tanh())), (x_of(N, D),)),
 }
+OVER_TIME = ("SelfAttention", "RNNCell", "GRUCell", "LSTMCell", "RNN", "GRU", "LSTM")  # seconds each at the largest
 CORE = ("Linear", "BatchNorm1d", "Tanh", "CrossEntropy", "Embedding", "Flatten")
 
 
@@ -237,18 +238,12 @@ def main() -> int:
     old, new = load(given.before.resolve()), load(HERE)
     if given.keep_memory:
         new.keep_freed_memory()
-    rows: dict[str, tuple[Run, Run]] = {}
     wanted = [part for part in given.only.split(",") if part]
-
-    def add(name: str, make: Callable[[ModuleType], Run]) -> None:
-        if not wanted or any(part in name for part in wanted):
-            rows[name] = (make(old), make(new))
-
     found: dict[str, dict[str, float]] = {}
     jobs: list[tuple[str, Callable[[ModuleType], Run]]] = [
         (f"{name} {N}x{D}", lambda hg, name=name, N=N, D=D: layer_run(hg, name, N, D))
         for name in LAYERS
-        for N, D in SIZES
+        for N, D in (SIZES[:2] if name in OVER_TIME else SIZES)
     ]
     jobs += [(f"step: {name}", lambda hg, name=name: step_run(hg, name)) for name in STEPS]
     jobs.append(("the README's loop", loop_run))

@@ -17,15 +17,16 @@ from handgrad.layers.attention import MultiheadAttention, SelfAttention
 from handgrad.layers.batchnorm import BatchNorm1d, BatchNorm2d
 from handgrad.layers.cells import GRUCell, LSTMCell, RNNCell
 from handgrad.layers.containers import Concat, Constant, Identity, Parallel, Product, Residual, Sequential, Sum
-from handgrad.layers.conv import Conv1d, Conv2d
+from handgrad.layers.conv import Conv1d, Conv2d, ConvTranspose2d
 from handgrad.layers.dropout import Dropout
 from handgrad.layers.flatten import Flatten, FlattenConsecutive
 from handgrad.layers.graph import Add, Cat, Graph, Multiply
 from handgrad.layers.linear import Linear
-from handgrad.layers.normalization import LayerNorm, RMSNorm
-from handgrad.layers.pooling import AvgPool2d, MaxPool2d
+from handgrad.layers.normalization import GroupNorm, LayerNorm, RMSNorm
+from handgrad.layers.pooling import AdaptiveAvgPool2d, AvgPool2d, MaxPool2d
 from handgrad.layers.recurrent import GRU, LSTM, RNN, Unroll
 from handgrad.layers.sparse import Embedding
+from handgrad.layers.upsample import Upsample
 from handgrad.losses.bce import BCEWithLogits
 from handgrad.losses.cross_entropy import CrossEntropy
 from handgrad.losses.linear_cross_entropy import LinearCrossEntropy
@@ -45,6 +46,7 @@ __all__ = [
     "MSE",
     "RNN",
     "SGD",
+    "AdaptiveAvgPool2d",
     "Add",
     "ArgumentError",
     "AvgPool2d",
@@ -57,6 +59,7 @@ __all__ = [
     "Constant",
     "Conv1d",
     "Conv2d",
+    "ConvTranspose2d",
     "CrossEntropy",
     "Dropout",
     "DtypeError",
@@ -65,6 +68,7 @@ __all__ = [
     "FlattenConsecutive",
     "GRUCell",
     "Graph",
+    "GroupNorm",
     "HandgradError",
     "Identity",
     "IndexRangeError",
@@ -98,6 +102,7 @@ __all__ = [
     "Tanh",
     "TrainStep",
     "Unroll",
+    "Upsample",
     "buffer",
     "from_torch",
     "keep_freed_memory",

@@ -28,12 +28,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import (  # noqa: F401 - the same under the same name
     GELU,
+    AdaptiveAvgPool2d,
     AvgPool2d,
     Conv1d,
     Conv2d,
+    ConvTranspose2d,
     Dropout,
     Embedding,
     Flatten,
+    GroupNorm,
     GRUCell,
     Identity,
     LayerNorm,
@@ -49,6 +52,7 @@ from torch.nn import (  # noqa: F401 - the same under the same name
     SiLU,
     Softmax,
     Tanh,
+    Upsample,
 )
 from torch.nn.functional import cross_entropy
 
@@ -428,11 +432,15 @@ _twin("Softmax", lambda lib, D: lib.Softmax(-1))
 _twin("LogSoftmax", lambda lib, D: lib.LogSoftmax(-1))
 _twin("LayerNorm", lambda lib, D: lib.LayerNorm(D))
 _twin("RMSNorm", lambda lib, D: lib.RMSNorm(D))
+_twin("GroupNorm", lambda lib, D: lib.GroupNorm(2, 4), _image)
 _twin("Dropout", lambda lib, D: lib.Dropout(0.5), random=True)
 _twin("Conv1d", lambda lib, D: lib.Conv1d(8, 8, 3, padding=1), _reshaped(8, -1))
 _twin("Conv2d", lambda lib, D: lib.Conv2d(4, 8, 3, padding=1), _image)
+_twin("ConvTranspose2d", lambda lib, D: lib.ConvTranspose2d(4, 8, 4, 2, 1), _image)
 _twin("MaxPool2d", lambda lib, D: lib.MaxPool2d(2), _image)
 _twin("AvgPool2d", lambda lib, D: lib.AvgPool2d(2), _image)
+_twin("AdaptiveAvgPool2d", lambda lib, D: lib.AdaptiveAvgPool2d(1), _image)
+_twin("Upsample", lambda lib, D: lib.Upsample(scale_factor=2), _image)
 _twin("FlattenConsecutive", lambda lib, D: lib.FlattenConsecutive(2), _reshaped(4, -1))
 _twin("RNNCell", lambda lib, D: lib.RNNCell(D, D))
 _twin("GRUCell", lambda lib, D: lib.GRUCell(D, D))

@@ -77,7 +77,8 @@ METHODS = {
 }
 DROPPED = (
     *("t", "transpose", "contiguous", "reshape", "view", "squeeze", "unsqueeze", "flatten"),
-    *("exp", "square", "sqrt", "rsqrt", "neg", "mul_", "clamp", "max", "clamp_min", "where", "masked_fill"),
+    *("exp", "square", "sqrt", "rsqrt", "neg", "sign", "relu", "mul_"),
+    *("clamp", "max", "clamp_min", "where", "masked_fill"),
 )
 
 

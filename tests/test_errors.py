@@ -100,6 +100,19 @@ ERRORS: list[tuple[Callable[[], Any], type[Exception], type[Exception], str]] = 
         "CrossEntropy(reduction='none').backward: only a scalar loss has a default dout; "
         "this one needs dout of shape (4,)",
     ),
+    (
+        lambda: hg.CrossEntropy()(x32, torch.zeros(4, 2)),
+        hg.ShapeError,
+        ValueError,
+        "CrossEntropy().forward: target must be int64, the indices of classes, or their probabilities, of the shape "
+        "and dtype of x, (4, 3) torch.float32; got (4, 2) torch.float32",
+    ),
+    (
+        lambda: hg.CrossEntropy(torch.ones(4))(x32, torch.zeros(4, 3)),
+        hg.ShapeError,
+        ValueError,
+        "CrossEntropy(weight of shape (4,)).forward: x must have 4 classes, one per weight, got shape (4, 3)",
+    ),
     # dtypes
     (
         lambda: hg.Linear(3, 2).to(torch.int64),
@@ -136,7 +149,8 @@ ERRORS: list[tuple[Callable[[], Any], type[Exception], type[Exception], str]] = 
         lambda: hg.CrossEntropy()(x32, torch.zeros(4)),
         hg.DtypeError,
         TypeError,
-        "CrossEntropy().forward: target must be an int64 tensor of class indices, got torch.float32",
+        "CrossEntropy().forward: target must be int64, the indices of classes, or their probabilities, of the shape "
+        "and dtype of x, (4, 3) torch.float32; got (4,) torch.float32",
     ),
     (
         lambda: after(hg.Tanh(), x32).backward(x32.double()),
@@ -149,6 +163,19 @@ ERRORS: list[tuple[Callable[[], Any], type[Exception], type[Exception], str]] = 
         hg.DtypeError,
         TypeError,
         "Tanh().backward: dout must be a torch.Tensor, got NoneType",
+    ),
+    (
+        lambda: hg.CrossEntropy()(x32, torch.zeros(4, 3, dtype=torch.float64)),
+        hg.DtypeError,
+        TypeError,
+        "CrossEntropy().forward: target must be int64, the indices of classes, or their probabilities, of the shape "
+        "and dtype of x, (4, 3) torch.float32; got (4, 3) torch.float64",
+    ),
+    (
+        lambda: hg.CrossEntropy()(x32, torch.zeros(4, dtype=torch.int32)),
+        hg.DtypeError,
+        TypeError,
+        "CrossEntropy().forward: target must be an int64 tensor of class indices, got torch.int32",
     ),
     # indices
     (
@@ -176,6 +203,12 @@ ERRORS: list[tuple[Callable[[], Any], type[Exception], type[Exception], str]] = 
         "CrossEntropy(ignore_index=7).forward: targets must be in 0..2 or ignore_index=7, got -1",
     ),
     # arguments
+    (
+        lambda: hg.CrossEntropy(ignore_index=0)(x32, torch.zeros(4, 3)),
+        hg.ArgumentError,
+        ValueError,
+        "CrossEntropy(ignore_index=0).forward: ignore_index must be left out where the target is probabilities, got 0",
+    ),
     (lambda: hg.Linear(0, 3), hg.ArgumentError, ValueError, "Linear: sizes must be at least 1, got 0 -> 3"),
     (lambda: hg.Embedding(3, -1), hg.ArgumentError, ValueError, "Embedding: sizes must be at least 1, got 3 -> -1"),
     (

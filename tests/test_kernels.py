@@ -55,6 +55,7 @@ def test_no_kernel_of_a_derivative_runs_in(name, training):
         (hg.Unroll(hg.LSTMCell(3, 4)), (2, 3, 3)),
         (hg.Conv1d(2, 4, 3, 2, 1, groups=2), (2, 2, 7)),
         (hg.Conv2d(2, 4, 3, padding="same"), (2, 2, 5, 5)),
+        (hg.ConvTranspose2d(2, 4, 3, 1, 0, 1, groups=2, dilation=2), (2, 2, 5, 5)),
     ],
     ids=lambda value: repr(value).split("\n")[0],
 )

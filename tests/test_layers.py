@@ -60,6 +60,7 @@ OPTIONS = {
     "SelfAttention": lambda lib: lib.SelfAttention(6, 2, bias=False),
     "Conv1d": lambda lib: lib.Conv1d(4, 6, 3, groups=2, bias=False),
     "Conv2d": lambda lib: lib.Conv2d(4, 6, (2, 3), groups=2),
+    "ConvTranspose2d": lambda lib: lib.ConvTranspose2d(4, 6, (2, 3), groups=2),
     "RNNCell": lambda lib: lib.RNNCell(3, 5, bias=False),
     "GRUCell": lambda lib: lib.GRUCell(3, 5, bias=False),
     "LSTMCell": lambda lib: lib.LSTMCell(3, 5, bias=False),

@@ -186,10 +186,11 @@ class MultiheadAttention(Attention):
         attn_mask: Tensor | None = None,
     ) -> Tensor:
         self._check(query, key, value)
-        (S, T), N = (self._by_batch(x).shape[-2] for x in (key, query)), math.prod(self._by_batch(query).shape[:-2])
+        *batch, T, _ = self._by_batch(query).shape
+        N, S = math.prod(batch), self._by_batch(key).shape[-2]
         masks = []
         if key_padding_mask is not None:
-            mask = self._added("key_padding_mask", key_padding_mask, query, (N, S) if query.dim() == 3 else (S,))
+            mask = self._added("key_padding_mask", key_padding_mask, query, (*batch, S))
             masks.append(mask.reshape(N, 1, S).repeat_interleave(self.num_heads, 0))
         if attn_mask is not None:
             masks.append(self._added("attn_mask", attn_mask, query, (T, S), (N * self.num_heads, T, S)))

@@ -1,10 +1,10 @@
-"""Convolutions."""
+"""Convolutions, and transposed ones."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -14,7 +14,86 @@ from handgrad.errors import ArgumentError, ShapeError
 from handgrad.layer import Layer, parameter
 
 
-class Conv1d(Layer):
+class Convolution(Layer):
+    """What convolutions and transposed ones share: the sizes, the parameters and their gradients.
+
+    A weight is (C_out, C_in/G, *K), or (C_in, C_out/G, *K) if `transposed`: a transposed convolution is the backward of
+    the convolution with the same weight. Initialisation as in torch.nn: both uniform within 1/sqrt(weight[0].numel()).
+    """
+
+    shown = ("in_channels", "out_channels")
+    weight: Tensor = parameter("C_out", "C_in/groups", "*K")
+    bias: Tensor | None = parameter("C_out")
+    dims: ClassVar[int] = 1  # how many dimensions it runs over
+    transposed: ClassVar[bool] = False
+    padding: tuple[int, ...]
+    conv: ClassVar[Callable[..., Tensor]] = staticmethod(functional.conv1d)
+    conv_transpose: ClassVar[Callable[..., Tensor]] = staticmethod(functional.conv_transpose1d)
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, ...],
+        stride: int | tuple[int, ...],
+        dilation: int | tuple[int, ...],
+        groups: int,
+        bias: bool,
+        *,
+        generator: torch.Generator | None,
+        dtype: torch.dtype | None,
+        device: torch.device | str | None,
+    ) -> None:
+        if min(in_channels, out_channels, groups) < 1 or in_channels % groups or out_channels % groups:
+            raise self._argument(f"groups must divide the channels, got {groups} for {in_channels} -> {out_channels}")
+        self.in_channels, self.out_channels, self.groups = in_channels, out_channels, groups
+        self.kernel_size = self._sizes("kernel_size", kernel_size, 1)
+        self.stride, self.dilation = self._sizes("stride", stride, 1), self._sizes("dilation", dilation, 1)
+        first, second = (in_channels, out_channels) if self.transposed else (out_channels, in_channels)
+        self.weight = torch.empty(first, second // groups, *self.kernel_size, dtype=dtype, device=device)
+        self.bias = self.weight.new_empty(out_channels) if bias else None
+        bound = 1 / math.sqrt(self.weight[0].numel())
+        for param in (self.weight, self.bias):
+            if param is not None:
+                param.uniform_(-bound, bound, generator=generator)
+
+    def _dweight(self, x: Tensor, dout: Tensor) -> Tensor:
+        """For a convolution of x; for a transposed one, which exchanges the two, given (dout, x)."""
+        if x.numel() == 0:
+            return torch.zeros_like(self.weight)
+        if x.dim() == self.dims + 1:
+            x, dout = x.unsqueeze(0), dout.unsqueeze(0)
+        G = self.groups
+        # channels in the batch's place, the batch in the channels', run by run
+        x = torch.unflatten(x, 1, (G, -1)).transpose(0, 2).flatten(1, 2)  # (C_in/G, G N, ...)
+        dout = torch.unflatten(dout, 1, (G, -1)).movedim(0, 2).flatten(0, 1)  # (C_out, N, ...)
+        dweight = self.conv(x, dout, None, self.dilation, self.padding, self.stride, G)  # (C_in/G, C_out, K or more)
+        for dim, k in enumerate(self.kernel_size):
+            dweight = dweight.narrow(dim + 2, 0, k)
+        return dweight.transpose(0, 1).contiguous()
+
+    def _dbias(self, dout: Tensor) -> Tensor:
+        """The sum over all dimensions but the channels'."""
+        return dout.sum([d for d in range(dout.dim()) if d != dout.dim() - self.dims - 1])
+
+    def _check_form(self, x: Tensor) -> None:
+        self.check_input(x, self.weight.dtype)
+        if x.dim() not in (self.dims + 1, self.dims + 2) or x.shape[-self.dims - 1] != self.in_channels:
+            form = f"{self.in_channels}, " + ", ".join("L" if self.dims == 1 else "HW")
+            problem = f"x must be (N, {form}) or ({form}), got shape {tuple(x.shape)}"
+            raise self.error(ShapeError, "forward", problem)
+
+    def _sizes(self, name: str, value: int | tuple[int, ...], least: int) -> tuple[int, ...]:
+        sizes = (value,) * self.dims if isinstance(value, int) else tuple(value)
+        if len(sizes) != self.dims or min(sizes) < least:
+            raise self._argument(f"{name} must be {self.dims} number(s) of at least {least}, got {value}")
+        return sizes
+
+    def _argument(self, problem: str) -> ArgumentError:
+        return ArgumentError(f"{type(self).__name__}: {problem}")
+
+
+class Conv1d(Convolution):
     """Convolution over one dimension (the cross-correlation that is called so).
 
     Forward:   with s = stride, p = padding, d = dilation, and x counted as 0 outside,
@@ -40,13 +119,6 @@ class Conv1d(Layer):
     torch.Size([5, 2, 8])
     """
 
-    shown = ("in_channels", "out_channels")
-    weight: Tensor = parameter("C_out", "C_in/groups", "*K")
-    bias: Tensor | None = parameter("C_out")
-    dims: ClassVar[int] = 1  # how many dimensions it runs over
-    conv: ClassVar[Callable[..., Tensor]] = staticmethod(functional.conv1d)
-    conv_transpose: ClassVar[Callable[..., Tensor]] = staticmethod(functional.conv_transpose1d)
-
     def __init__(
         self,
         in_channels: int,
@@ -62,22 +134,13 @@ class Conv1d(Layer):
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> None:
-        if min(in_channels, out_channels, groups) < 1 or in_channels % groups or out_channels % groups:
-            raise self._argument(f"groups must divide the channels, got {groups} for {in_channels} -> {out_channels}")
-        self.in_channels, self.out_channels, self.groups = in_channels, out_channels, groups
-        self.kernel_size = self._sizes("kernel_size", kernel_size, 1)
-        self.stride, self.dilation = self._sizes("stride", stride, 1), self._sizes("dilation", dilation, 1)
+        where: dict[str, Any] = {"generator": generator, "dtype": dtype, "device": device}
+        super().__init__(in_channels, out_channels, kernel_size, stride, dilation, groups, bias, **where)
         self.extra: list[int] = []  # zeros after x, by functional.pad, where both sides cannot have as many
         if isinstance(padding, str):
             self.padding = self._named_padding(padding)
         else:
             self.padding = self._sizes("padding", padding, 0)
-        self.weight = torch.empty(out_channels, in_channels // groups, *self.kernel_size, dtype=dtype, device=device)
-        self.bias = self.weight.new_empty(out_channels) if bias else None
-        bound = 1 / math.sqrt(self.weight[0].numel())
-        for param in (self.weight, self.bias):
-            if param is not None:
-                param.uniform_(-bound, bound, generator=generator)
 
     def forward(self, x: Tensor) -> Tensor:
         self._check(x)
@@ -88,12 +151,10 @@ class Conv1d(Layer):
 
     def backward(self, dout: Tensor, need_dx: bool = True) -> Tensor | None:
         x, weight = self.pop(dout)
-        batched = x.dim() == self.dims + 2
-        rows, drows = (x, dout) if batched else (x.unsqueeze(0), dout.unsqueeze(0))
         # out[o, t] = bias[o] + sum weight[o, c, k] x[c, s t + d k - p]
-        self.add_grad(weight, self._dweight(rows, drows))
+        self.add_grad(weight, self._dweight(x, dout))
         if self.bias is not None:
-            self.add_grad(self.bias, drows.sum([0, *range(2, drows.dim())]))
+            self.add_grad(self.bias, self._dbias(dout))
         if not need_dx:
             return None
         rest = [  # what the stride left unread at the end of x
@@ -105,24 +166,8 @@ class Conv1d(Layer):
         dx = self.conv_transpose(dout, weight, None, self.stride, self.padding, rest, self.groups, self.dilation)
         return functional.pad(dx, [-n for n in self.extra]) if self.extra else dx
 
-    def _dweight(self, x: Tensor, dout: Tensor) -> Tensor:
-        if x.numel() == 0:
-            return torch.zeros_like(self.weight)
-        G = self.groups
-        # channels in the batch's place, the batch in the channels', run by run
-        x = torch.unflatten(x, 1, (G, -1)).transpose(0, 2).flatten(1, 2)  # (C_in/G, G N, ...)
-        dout = torch.unflatten(dout, 1, (G, -1)).movedim(0, 2).flatten(0, 1)  # (C_out, N, ...)
-        dweight = self.conv(x, dout, None, self.dilation, self.padding, self.stride, G)  # (C_in/G, C_out, K or more)
-        for dim, k in enumerate(self.kernel_size):
-            dweight = dweight.narrow(dim + 2, 0, k)
-        return dweight.transpose(0, 1).contiguous()
-
     def _check(self, x: Tensor) -> None:
-        self.check_input(x, self.weight.dtype)
-        if x.dim() not in (self.dims + 1, self.dims + 2) or x.shape[-self.dims - 1] != self.in_channels:
-            form = f"{self.in_channels}, " + ", ".join("L" if self.dims == 1 else "HW")
-            problem = f"x must be (N, {form}) or ({form}), got shape {tuple(x.shape)}"
-            raise self.error(ShapeError, "forward", problem)
+        self._check_form(x)
         reach = [max(d * (k - 1) + 1 - 2 * p, 1) for k, d, p in zip(self.kernel_size, self.dilation, self.padding)]
         extra = self.extra[-1::-2] or [0] * self.dims
         if any(size + more < least for size, more, least in zip(x.shape[-self.dims :], extra, reach)):
@@ -142,15 +187,6 @@ class Conv1d(Layer):
         if any(r % 2 for r in reach):
             self.extra = [n for r in reversed(reach) for n in (0, r % 2)]
         return tuple(r // 2 for r in reach)
-
-    def _sizes(self, name: str, value: int | tuple[int, ...], least: int) -> tuple[int, ...]:
-        sizes = (value,) * self.dims if isinstance(value, int) else tuple(value)
-        if len(sizes) != self.dims or min(sizes) < least:
-            raise self._argument(f"{name} must be {self.dims} number(s) of at least {least}, got {value}")
-        return sizes
-
-    def _argument(self, problem: str) -> ArgumentError:
-        return ArgumentError(f"{type(self).__name__}: {problem}")
 
 
 class Conv2d(Conv1d):
@@ -174,3 +210,86 @@ class Conv2d(Conv1d):
     dims: ClassVar[int] = 2
     conv: ClassVar[Callable[..., Tensor]] = staticmethod(functional.conv2d)
     conv_transpose: ClassVar[Callable[..., Tensor]] = staticmethod(functional.conv_transpose2d)
+
+
+class ConvTranspose2d(Convolution):
+    """Transposed convolution over two dimensions: every position of x spreads a kernel over out.
+
+    Forward:   with s = stride, p = padding, d = dilation, and all positions and sizes pairs,
+               out[n, o, u] = bias[o] + sum_{c, k, t: s t + d k - p = u} weight[c, o, k] x[n, c, t]
+               With `groups` G, the channels of x and of out are cut into G runs, and out's run g reads x's run g only.
+    Shapes:    x (N, C_in, H, W) or (C_in, H, W); weight (C_in, C_out/G, K_h, K_w); bias (C_out,); out likewise, with
+               H_out = (H - 1) s - 2p + d (K - 1) + output_padding + 1 and W_out the same
+    Backward:  x[n, c, t] acts on out[n, o, u] with u = s t + d k - p, and dout counts as 0 outside, hence
+               dx[n, c, t] = sum_{o, k} weight[c, o, k] dout[n, o, s t + d k - p]: a convolution
+               dweight[c, o, k] = sum_{n, t} x[n, c, t] dout[n, o, s t + d k - p]: that of Conv2d, x and dout exchanged
+               dbias[o] = sum_{n, u} dout[n, o, u]
+    Recorded:  x, weight
+    Raises:    ArgumentError; ShapeError, also where nothing would be left of out; DtypeError; StateError.
+    Source:    as Conv1d; initialisation as in torch.nn.ConvTranspose2d.
+
+    >>> layer = ConvTranspose2d(3, 2, kernel_size=4, stride=2, padding=1)
+    >>> layer(torch.zeros(5, 3, 8, 6)).shape
+    torch.Size([5, 2, 16, 12])
+    >>> layer.backward(torch.zeros(5, 2, 16, 12)).shape
+    torch.Size([5, 3, 8, 6])
+    """
+
+    dims: ClassVar[int] = 2
+    transposed: ClassVar[bool] = True
+    conv: ClassVar[Callable[..., Tensor]] = staticmethod(functional.conv2d)
+    conv_transpose: ClassVar[Callable[..., Tensor]] = staticmethod(functional.conv_transpose2d)
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, ...],
+        stride: int | tuple[int, ...] = 1,
+        padding: int | tuple[int, ...] = 0,
+        output_padding: int | tuple[int, ...] = 0,
+        groups: int = 1,
+        bias: bool = True,
+        dilation: int | tuple[int, ...] = 1,
+        *,
+        generator: torch.Generator | None = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        where: dict[str, Any] = {"generator": generator, "dtype": dtype, "device": device}
+        super().__init__(in_channels, out_channels, kernel_size, stride, dilation, groups, bias, **where)
+        self.padding = self._sizes("padding", padding, 0)
+        self.output_padding = self._sizes("output_padding", output_padding, 0)
+        if any(o >= max(s, d) for o, s, d in zip(self.output_padding, self.stride, self.dilation)):
+            problem = f"output_padding must be below stride or dilation, got {self.output_padding} for {self.stride} "
+            raise self._argument(problem + f"and {self.dilation}")
+
+    def forward(self, x: Tensor) -> Tensor:
+        self._check(x)
+        out = self.conv_transpose(
+            x, self.weight, self.bias, self.stride, self.padding, self.output_padding, self.groups, self.dilation
+        )
+        self.push(x, self.weight, out=out)
+        return out
+
+    def backward(self, dout: Tensor, need_dx: bool = True) -> Tensor | None:
+        x, weight = self.pop(dout)
+        # out[o, s t + d k - p] = bias[o] + sum weight[c, o, k] x[c, t]
+        self.add_grad(weight, self._dweight(dout, x))
+        if self.bias is not None:
+            self.add_grad(self.bias, self._dbias(dout))
+        if not need_dx:
+            return None
+        dx = self.conv(dout, weight, None, self.stride, self.padding, self.dilation, self.groups)
+        for dim, size in enumerate(x.shape[-self.dims :], start=-self.dims):
+            dx = dx.narrow(dim, 0, size)  # output_padding may have room for one position more
+        return dx
+
+    def _check(self, x: Tensor) -> None:
+        self._check_form(x)
+        options = zip(
+            x.shape[-self.dims :], self.kernel_size, self.stride, self.padding, self.output_padding, self.dilation
+        )
+        if any(size < 1 or (size - 1) * s - 2 * p + d * (k - 1) + o < 0 for size, k, s, p, o, d in options):
+            problem = f"x must be large enough for something to be left without the padding, got shape {tuple(x.shape)}"
+            raise self.error(ShapeError, "forward", problem)

@@ -151,6 +151,89 @@ class RMSNorm(Layer):
         return dx.view_as(x)
 
 
+class GroupNorm(Layer):
+    """Normalise each group of channels of each sample, then scale and shift each channel.
+
+    Forward:   the C channels are cut into G = num_groups runs, and per sample and run of n = C/G H W ... values
+               xhat = (x - mean) rstd,  rstd = 1/sqrt(var + eps),  out = xhat weight + bias
+               with mean and var = mean((x - mean)^2) over the n values, weight and bias per channel
+    Shapes:    x (N, C, ...); weight, bias (C,); out like x; inside, (N, G, C/G, H W ...), with mean and rstd (N, G)
+    Backward:  dbias = sum dout;  dweight = sum dout xhat, both over all but the channels;  dxhat = dout weight.
+               Within a run all is as in LayerNorm: with `avg` the mean over its n values,
+               dx = rstd (dxhat - avg(dxhat) - xhat avg(dxhat xhat))
+    Recorded:  x, mean, rstd, weight
+    Raises:    ArgumentError where num_groups does not divide num_channels; ShapeError, also for a single sample of one
+               value per group; DtypeError; StateError.
+    Source:    Wu and He 2018, arXiv:1803.08494
+
+    >>> layer = GroupNorm(2, 4)
+    >>> out = layer(torch.tensor([[1.0, 3.0, 0.0, 8.0]]))
+    >>> out.round(decimals=3)
+    tensor([[-1.,  1., -1.,  1.]])
+    """
+
+    weight: Tensor | None = parameter("C")
+    bias: Tensor | None = parameter("C")
+
+    def __init__(
+        self,
+        num_groups: int,
+        num_channels: int,
+        eps: float = 1e-5,
+        affine: bool = True,
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        if num_groups < 1 or num_channels < 1 or num_channels % num_groups:
+            problem = f"num_groups must divide num_channels, got {num_groups} and {num_channels}"
+            raise ArgumentError(f"GroupNorm: {problem}")
+        self.num_groups, self.num_channels, self.eps, self.affine = num_groups, num_channels, eps, affine
+        ones = torch.ones(num_channels, dtype=dtype, device=device)
+        self.weight, self.bias = (ones, torch.zeros_like(ones)) if affine else (None, None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self._check(x)
+        (N, C), P = x.shape[:2], math.prod(x.shape[2:])
+        out, mean, rstd = torch.native_group_norm(
+            x.contiguous(), self.weight, self.bias, N, C, P, self.num_groups, self.eps
+        )
+        self.push(x, mean, rstd, self.weight, out=out)
+        return out
+
+    def backward(self, dout: Tensor) -> Tensor:
+        x, mean, rstd, weight = self.pop(dout)
+        G = self.num_groups
+        by_group = (len(x), G, self.num_channels // G, math.prod(x.shape[2:]))  # (N, G, C/G, H W ...)
+        gain = 1.0 if weight is None else weight.view(G, -1, 1)
+
+        def formula(dout: Tensor, x: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            # out = xhat weight + bias
+            xhat = (x - mean) * rstd
+            dweight, dbias = (dout * xhat).sum((0, 3)), dout.sum((0, 3))  # (G, C/G)
+            dxhat = dout * gain
+            # xhat = (x - mean) rstd
+            dx = rstd * (dxhat - _avg(dxhat, (2, 3)) - xhat * _avg(dxhat * xhat, (2, 3)))
+            return dx, dweight, dbias
+
+        dx, dweight, dbias = blockwise(
+            formula, dout.reshape(by_group), x.reshape(by_group), mean[..., None, None], rstd[..., None, None]
+        )
+        if weight is not None:
+            self.add_grad(weight, dweight.view_as(weight))
+            self.add_grad(self.bias, dbias.view_as(weight))
+        return dx.view_as(x)
+
+    def _check(self, x: Tensor) -> None:
+        self.check_input(x, None if self.weight is None else self.weight.dtype)
+        if x.dim() < 2 or x.shape[1] != self.num_channels:
+            problem = f"x must be (N, {self.num_channels}, ...), got shape {tuple(x.shape)}"
+            raise self.error(ShapeError, "forward", problem)
+        if x.numel() == self.num_groups:
+            problem = f"the variance of a group needs more than one value, got shape {tuple(x.shape)}"
+            raise self.error(ShapeError, "forward", problem)
+
+
 def _shape(kind: str, normalized_shape: int | Sequence[int]) -> tuple[int, ...]:
     shape = (normalized_shape,) if isinstance(normalized_shape, int) else tuple(normalized_shape)
     if not shape or min(shape) < 1:
@@ -171,6 +254,6 @@ def _flat(weight: Tensor | None) -> Tensor | float:
     return 1.0 if weight is None else weight.reshape(-1)
 
 
-def _avg(rows: Tensor) -> Tensor:
-    """The mean of each row, as a column."""
-    return rows.mean(1, keepdim=True)
+def _avg(x: Tensor, dims: int | tuple[int, ...] = 1) -> Tensor:
+    """The mean over the dimensions, which stay with size 1: by default that of each row, as a column."""
+    return x.mean(dims, keepdim=True)

@@ -150,6 +150,54 @@ class AvgPool2d(Layer):
         return torch.outer(sizes[0], sizes[1])
 
 
+class AdaptiveAvgPool2d(Layer):
+    """The mean of each of as many windows as the output has positions; of the whole image for output_size=1.
+
+    Forward:   output position t of T covers the rows floor(t H/T) to ceil((t + 1) H/T) - 1 of H; with P[t, h] = 1 over
+               their number for these h, else 0, and Q the same for the columns,
+               out[n, c, t, u] = sum_{h, w} P[t, h] x[n, c, h, w] Q[u, w], that is, out = P x Q^T for each image
+    Shapes:    x (N, C, H, W) or (C, H, W); out likewise, with T, U = `output_size`: a number for both, or two, where
+               None keeps the size of x; P (T, H); Q (U, W)
+    Backward:  dx[n, c, h, w] = sum_{t, u} P[t, h] dout[n, c, t, u] Q[u, w], that is, dx = P^T dout Q
+    Recorded:  the shape of x
+    Raises:    ArgumentError; ShapeError; DtypeError; StateError.
+
+    >>> layer = AdaptiveAvgPool2d(1)
+    >>> layer(torch.tensor([[[1.0, 2.0], [4.0, 3.0]]]))
+    tensor([[[2.5000]]])
+    >>> layer.backward(torch.tensor([[[10.0]]]))
+    tensor([[[2.5000, 2.5000],
+             [2.5000, 2.5000]]])
+    """
+
+    def __init__(self, output_size: int | tuple[int | None, int | None]) -> None:
+        pair = output_size if isinstance(output_size, tuple) else (output_size, output_size)
+        if output_size is None or len(pair) != 2 or any(size is not None and size < 1 for size in pair):
+            problem = f"output_size must be a number of at least 1, or two of them or None, got {output_size}"
+            raise ArgumentError(f"AdaptiveAvgPool2d: {problem}")
+        self.output_size = pair
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.check_input(x)
+        _check(self, x, [1, 1])
+        out = functional.adaptive_avg_pool2d(x, self.output_size)
+        self.push(x.shape, out=out)
+        return out
+
+    def backward(self, dout: Tensor) -> Tensor:
+        (shape,) = self.pop(dout)
+        P, Q = (self._shares(shape[dim], dout, dim) for dim in (-2, -1))
+        # out = P x Q^T
+        return (dout.mT @ P).mT @ Q
+
+    def _shares(self, size: int, dout: Tensor, dim: int) -> Tensor:
+        """P or Q: the share that each position of x, (size,), has in each of out."""
+        t, count = torch.arange(dout.shape[dim], device=dout.device).unsqueeze(1), dout.shape[dim]
+        start, end = t * size // count, ((t + 1) * size + count - 1) // count
+        h = torch.arange(size, device=dout.device)
+        return ((h >= start) & (h < end)).to(dout.dtype) / (end - start)
+
+
 def _pair(kind: str, name: str, value: int | tuple[int, int], least: int) -> tuple[int, int]:
     pair = (value, value) if isinstance(value, int) else tuple(value)
     if len(pair) != 2 or min(pair) < least:

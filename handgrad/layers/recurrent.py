@@ -67,12 +67,12 @@ class Unroll(Layer):
             outs.append(state[0] if isinstance(state, tuple) else state)
         out = torch.stack(outs, self.dim)
         last = _each(Tensor.size, state)
-        self.push(last, given, out=(out, state) if self.return_state else out)
+        self.push(last, given, self.return_state, out=(out, state) if self.return_state else out)
         return (out, state) if self.return_state else out
 
     def backward(self, dout: Any, need_dx: bool = True) -> Any:
-        last, given = self.pop(dout)
-        dout, dstate = dout if self.return_state else (dout, _each(dout.new_zeros, last))
+        last, given, returned = self.pop(dout)
+        dout, dstate = dout if returned else (dout, _each(dout.new_zeros, last))
         dxs: list[Any] = []
         for t in reversed(range(dout.shape[self.dim])):
             # out_t = state_t, and state_t went into the next step
@@ -208,12 +208,12 @@ class RNN(Recurrent):
         h = torch.stack(hs)  # (T + 1, N, H)
         out = self.by_step(h[1:])
         result = (out, hs[-1]) if self.return_state else out
-        self.push(x, h, weight_ih, weight_hh, given, out=result)
+        self.push(x, h, weight_ih, weight_hh, given, self.return_state, out=result)
         return result
 
     def backward(self, dout: Any, need_dx: bool = True) -> Any:
-        x, h, weight_ih, weight_hh, given = self.pop(dout)
-        dout, dh = dout if self.return_state else (dout, 0)
+        x, h, weight_ih, weight_hh, given, returned = self.pop(dout)
+        dout, dh = dout if returned else (dout, 0)
         # h_{t+1} = tanh(a_t + b_t), or relu
         s = 1 - h[1:] * h[1:] if self.nonlinearity == "tanh" else h[1:].sign()
         das = []
@@ -275,12 +275,12 @@ class GRU(Recurrent):
         h, rz, n, bn = map(torch.stack, (hs, rzs, ns, bns))  # h (T + 1, N, H), the others (T, N, ...)
         out = self.by_step(h[1:])
         result = (out, hs[-1]) if self.return_state else out
-        self.push(x, h, rz, n, bn, weight_ih, weight_hh, given, out=result)
+        self.push(x, h, rz, n, bn, weight_ih, weight_hh, given, self.return_state, out=result)
         return result
 
     def backward(self, dout: Any, need_dx: bool = True) -> Any:
-        x, h, rz, n, bn, weight_ih, weight_hh, given = self.pop(dout)
-        dout, dh = dout if self.return_state else (dout, torch.zeros_like(h[0]))
+        x, h, rz, n, bn, weight_ih, weight_hh, given, returned = self.pop(dout)
+        dout, dh = dout if returned else (dout, torch.zeros_like(h[0]))
         r, z = rz.chunk(2, -1)
         # h_{t+1} = (1 - z) n + z h_t,  n = tanh(an + r bn),  r = sigmoid(ar + br),  z = sigmoid(az + bz)
         sn = (1 - z) * (1 - n * n)
@@ -352,12 +352,12 @@ class LSTM(Recurrent):
         h, c, i_f, g, o, u = map(torch.stack, (hs, cs, i_fs, gs, os, us))  # h, c (T + 1, N, H), the others (T, N, ...)
         out = self.by_step(h[1:])
         result = (out, (hs[-1], cs[-1])) if self.return_state else out
-        self.push(x, h, c, i_f, g, o, u, weight_ih, weight_hh, given, out=result)
+        self.push(x, h, c, i_f, g, o, u, weight_ih, weight_hh, given, self.return_state, out=result)
         return result
 
     def backward(self, dout: Any, need_dx: bool = True) -> Any:
-        x, h, c, i_f, g, o, u, weight_ih, weight_hh, given = self.pop(dout)
-        dout, (dh, dc) = dout if self.return_state else (dout, torch.zeros_like(h[:2]).unbind())
+        x, h, c, i_f, g, o, u, weight_ih, weight_hh, given, returned = self.pop(dout)
+        dout, (dh, dc) = dout if returned else (dout, torch.zeros_like(h[:2]).unbind())
         i, f = i_f.chunk(2, -1)
         # c_{t+1} = f c_t + i g,  i = sigmoid(ai),  f = sigmoid(af),  g = tanh(ag)
         si, sf, sg = g * i * (1 - i), c[:-1] * f * (1 - f), i * (1 - g * g)

@@ -1,4 +1,4 @@
-"""Cross-entropy between logits and class indices."""
+"""Cross-entropy between logits and class indices, or probabilities of classes."""
 
 from __future__ import annotations
 
@@ -6,29 +6,32 @@ import torch
 from torch import Tensor
 from torch.nn.functional import nll_loss
 
-from handgrad.errors import ArgumentError, ShapeError
+from handgrad.errors import ArgumentError, DtypeError, ShapeError
 from handgrad.layer import buffer
 from handgrad.losses.loss import ClassLoss
 from handgrad.pieces import exp
 
 
 class CrossEntropy(ClassLoss):
-    """Negative log-likelihood of the target class under softmax(x).
+    """Negative log-likelihood of the target class, or of a distribution over the classes, under softmax(x).
 
-    Forward:   logp = log_softmax(x) over the classes, and for a row n with target y,
-               losses[n] = -(1 - s) w[y] logp[n, y] - s/C sum_c w[c] logp[n, c]
+    Forward:   logp = log_softmax(x) over the classes, and for a row n with t = onehot(y) of its target y, or with t the
+               target itself where that is a row of probabilities,
+               losses[n] = -sum_c q[c] logp[n, c],  q[c] = w[c] ((1 - s) t[c] + s/C)
                with s = label_smoothing and w = weight (or ones); 0 where y = ignore_index.
                "sum" adds the rows up, "mean" divides that by the sum of w[y] over the rows not ignored
-               (no such row: 0/0, a loss of NaN, and a gradient of zero), "none" returns the rows.
-    Shapes:    x (C,), (N, C) or (N, C, d1, ...); target the same without C, int64; loss () or like target
-    Backward:  d logp[n, c] / d x[n, k] = [c = k] - p[n, k] with p = exp(logp): the softmax. Hence with q the vector
-               that multiplies -logp in losses[n], q[c] = (1 - s) w[y] [c = y] + s/C w[c],
+               (no such row: 0/0, a loss of NaN, and a gradient of zero), or for probabilities by the number of rows,
+               "none" returns the rows.
+    Shapes:    x (C,), (N, C) or (N, C, d1, ...); target the same without C, int64, or like x, of x's dtype; loss () or
+               like x without C
+    Backward:  d logp[n, c] / d x[n, k] = [c = k] - p[n, k] with p = exp(logp): the softmax. Hence
                dx[n, k] = dlosses[n] (p[n, k] sum_c q[c] - q[k])
                where dlosses is dout, divided for the mean by what it divides by, and 0 where y = ignore_index.
                For w = 1, s = 0 that is the familiar dlosses[n] (p - onehot(y)), dlosses[n] = 1/N for the mean.
+               The target has no gradient.
     Recorded:  logp, the target, weight; where rows are ignored, the mask of the others
     Raises:    ShapeError; DtypeError; IndexRangeError for a target that is neither a class nor ignore_index;
-               ArgumentError; StateError.
+               ArgumentError, also for probabilities where ignore_index is a class; StateError.
     Source:    torch.nn.CrossEntropyLoss for the semantics; makemore lecture 4 for the simplified gradient.
 
     >>> loss = CrossEntropy()
@@ -37,6 +40,8 @@ class CrossEntropy(ClassLoss):
     >>> loss.backward()
     tensor([[ 0.1250, -0.3750,  0.1250,  0.1250],
             [ 0.1250,  0.1250,  0.1250, -0.3750]])
+    >>> loss(torch.zeros(1, 4), torch.tensor([[0.5, 0.5, 0.0, 0.0]])), loss.backward()
+    (tensor(1.3863), tensor([[-0.2500, -0.2500,  0.2500,  0.2500]]))
     """
 
     weight: Tensor | None = buffer("C")
@@ -56,6 +61,8 @@ class CrossEntropy(ClassLoss):
         self.weight, self.ignore_index, self.label_smoothing = weight, ignore_index, label_smoothing
 
     def forward(self, x: Tensor, target: Tensor) -> Tensor:
+        if isinstance(target, Tensor) and target.is_floating_point():
+            return self._forward_of_probabilities(x, target)
         dim = self._check(x, target)
         used, y = self.labels(target)
         if x.is_cuda:
@@ -82,9 +89,11 @@ class CrossEntropy(ClassLoss):
 
     def backward(self, dout: Tensor | None = None) -> Tensor:
         logp, y, weight, used = self.pop(dout)
+        if y.is_floating_point():
+            return self._backward_of_probabilities(dout, logp, y)
         dim = min(logp.dim() - 1, 1)
         s, C, column = self.label_smoothing, logp.shape[dim], y.unsqueeze(dim)
-        # losses[n] = -sum_c q[c] logp[n, c],  q[c] = q_y [c = y] + q_all[c]
+        # losses[n] = -sum_c q[c] logp[n, c],  q[c] = (1 - s) w[y] [c = y] + s/C w[c] = q_y [c = y] + q_all[c]
         dx = exp(logp)  # p
         if weight is None:
             minus_q_y, q_all = torch.full_like(column, s - 1, dtype=dx.dtype), s / C  # and sum_c q[c] = 1
@@ -95,6 +104,28 @@ class CrossEntropy(ClassLoss):
             dx = dx - q_all
         dx.scatter_add_(dim, column, minus_q_y)
         return dx.mul_(self._dlosses(dout, logp, y, used, dim))  # dlosses (p sum_c q[c] - q)
+
+    def _forward_of_probabilities(self, x: Tensor, target: Tensor) -> Tensor:
+        dim = self._check_probabilities(x, target)
+        logp = torch.log_softmax(x, dim)
+        out = self.reduce(-(self._q(target, dim) * logp).sum(dim))
+        self.push(logp, target, self.weight, None, out=out)
+        return out
+
+    def _backward_of_probabilities(self, dout: Tensor | None, logp: Tensor, target: Tensor) -> Tensor:
+        dim = min(logp.dim() - 1, 1)
+        q = self._q(target, dim)
+        sum_q = q.sum(dim, keepdim=True)  # a number for each row
+        dlosses = self.dlosses(dout, logp, max(sum_q.numel(), 1))
+        dlosses = dlosses.unsqueeze(dim) if dlosses.dim() else dlosses
+        # losses[n] = -sum_c q[c] logp[n, c]
+        return dlosses * (exp(logp) * sum_q - q)
+
+    def _q(self, target: Tensor, dim: int) -> Tensor:
+        """What multiplies -logp: w[c] ((1 - s) t[c] + s/C)."""
+        s = self.label_smoothing
+        q = (1 - s) * target + s / target.shape[dim] if s > 0 else target
+        return q if self.weight is None else q * self._by_class(target, dim)
 
     def _dlosses(self, dout: Tensor | None, logp: Tensor, y: Tensor, used: Tensor | None, dim: int) -> Tensor:
         """The gradient of each row's loss, 0 for an ignored row: () where it is one for all, or with 1 for C."""
@@ -126,7 +157,25 @@ class CrossEntropy(ClassLoss):
         if dim < 0 or [*target.shape] != rows:
             problem = f"x must be (C,) or (N, C, ...) and target the same without C, got {tuple(x.shape)} and "
             raise self.error(ShapeError, "forward", problem + f"{tuple(target.shape)}")
+        self._check_classes(x, classes)
+        return dim
+
+    def _check_probabilities(self, x: Tensor, target: Tensor) -> int:
+        """The same for a target of probabilities."""
+        self.check_input(x, None if self.weight is None else self.weight.dtype)
+        if x.dim() == 0 or target.shape != x.shape or target.dtype is not x.dtype:
+            problem = "target must be int64, the indices of classes, or their probabilities, of the shape and dtype of "
+            came = f"x, {tuple(x.shape)} {x.dtype}; got {tuple(target.shape)} {target.dtype}"
+            misshaped = target.dtype is x.dtype and target.dim() == x.dim()
+            raise self.error(ShapeError if misshaped else DtypeError, "forward", problem + came)
+        if self.ignore_index >= 0:
+            problem = f"ignore_index must be left out where the target is probabilities, got {self.ignore_index}"
+            raise self.error(ArgumentError, "forward", problem)
+        dim = min(x.dim() - 1, 1)
+        self._check_classes(x, x.shape[dim])
+        return dim
+
+    def _check_classes(self, x: Tensor, classes: int) -> None:
         if self.weight is not None and self.weight.shape[0] != classes:
             problem = f"x must have {self.weight.shape[0]} classes, one per weight, got shape {tuple(x.shape)}"
             raise self.error(ShapeError, "forward", problem)
-        return dim

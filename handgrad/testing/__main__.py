@@ -62,7 +62,7 @@ def main(arguments: list[str] | None = None) -> int:
         }
         make = _load(given.layer)
         if given.target:
-            report = check_loss(make, given.x[0], given.target, **what)
+            report = check_loss(make, given.x if len(given.x) > 1 else given.x[0], given.target, **what)
         else:
             report = check_layer(make, given.x, **what)
     except AssertionError as failure:

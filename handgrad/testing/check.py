@@ -97,9 +97,10 @@ def check_layer(
     return check_plan(plan, skip or {}, examples, reproduce)
 
 
-def check_loss(make: Callable[..., Any], x: str, target: str, **what: Any) -> Report:
+def check_loss(make: Callable[..., Any], x: str | Sequence[Any], target: str | Sequence[Any], **what: Any) -> Report:
     """Prove a loss's backward: as `check_layer`, for a Loss with a second input that has no gradient.
 
+    x, and target, may be a tuple of entries: that of a loss of several outputs, ``x=("N D", "N")``.
     Beside the properties of a layer, `backward()` without an argument must equal backward of 1 for a scalar loss.
 
     >>> from handgrad import CrossEntropy
@@ -197,7 +198,7 @@ class _Runner:
             raise failure from failure.__cause__
         if self.report.examples:
             self.report.note = ""
-        self.report.elements, self.report.worst = tally.elements, tally.worst
+        self.report.elements, self.report.worst, self.report.remark = tally.elements, tally.worst, tally.remark
         self.report.distinct = len(self.keys)
         self.report.seconds = time.perf_counter() - start
         self._refuse_vacuous()

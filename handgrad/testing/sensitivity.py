@@ -172,9 +172,11 @@ def _scaled_out(f: Faulty, *inputs: Any) -> Any:
 
 
 def _two_behaviours(s: Sample) -> bool:
-    with subject.private_rng(s.seed), torch.no_grad():
-        training, evaluation = (subject.forward(s.mode(mode).layer, s.inputs) for mode in (True, False))
-    return any(not judge.identical(a, b) for a, b in zip(training, evaluation))
+    outs = []
+    for mode in (True, False):
+        with subject.private_rng(s.seed), torch.no_grad():
+            outs.append(subject.forward(s.mode(mode).layer, s.inputs))
+    return any(not judge.identical(a, b) for a, b in zip(*outs))
 
 
 def _learns(s: Sample) -> bool:

@@ -80,11 +80,13 @@ def samples(draw: DrawFn, plan: Plan, edges: bool = False, special: bool = False
         if subject.buffers(layer):
             _warm_up(layer, other_inputs, draw(st.integers(0, 2)))
         subject.set_mode(layer, draw(st.integers(0, 2)) < 2)
+    subject.refuse_undeclared(layer, inputs)
+    layer.random = subject.draws(layer, inputs)
     mine, theirs = (_outs(layer, each, edges, seed) for each in (inputs, other_inputs))
     return Sample(
         layer,
         inputs,
-        tuple(_dout(draw, generator, out.shape) for out in mine),
+        tuple(_dout(draw, generator, out.shape) for out in mine),  # what has no gradient is not given its dout
         other_inputs,
         tuple(_dout(None, generator, out.shape) for out in theirs),
         Oracle(plan.reference, module, plan.differences),

@@ -159,6 +159,35 @@ def test_none_inside_a_tuple_of_douts_counts_as_zeros(model, which):
     assert results[0][0].any()
 
 
+NESTED = {
+    "LSTM": lambda: LSTM(2, 3, return_state=True),
+    "Graph": lambda: Graph("x", "l.0 l.1", l=(LSTM(2, 3, return_state=True), "x")),
+    "Sequential of Parallel": lambda: Sequential(
+        LSTM(2, 3, return_state=True), Parallel(Tanh(), Parallel(Linear(3, 3), Tanh()))
+    ),
+}
+
+
+@pytest.mark.parametrize("unused", [(0,), (1,), (2,), (0, 1), (0, 2), (1, 2), "state"])
+@pytest.mark.parametrize("name", NESTED)
+def test_none_anywhere_in_nested_douts_counts_as_zeros(name, unused):
+    """Of (out, (h, c)): each of the three, two of them, or the state as a whole."""
+    model, x, results = NESTED[name](), torch.randn(4, 1, 2), []
+    out, (h, c) = model(x)
+    model.drop_records()
+    for absent in (None, torch.zeros_like):
+        model.zero_grad()
+        model(x)
+        places = (1, 2) if unused == "state" else unused
+        parts = [torch.ones_like(o) if i not in places else absent and absent(o) for i, o in enumerate((out, h, c))]
+        whole = None if unused == "state" and absent is None else (parts[1], parts[2])
+        dx = model.backward_at(None, (parts[0], whole))
+        results.append([dx, *[p.grad for p in model.parameters()]])
+    torch.testing.assert_close(*results, rtol=0, atol=0)
+    assert results[0][0].any()
+    assert model.pending == 0
+
+
 def test_a_state_that_is_a_tuple_may_be_unused_whole():
     graph = Graph("x", "s.0", s=(LSTM(2, 3, return_state=True), "x"))
     plain = Sequential(LSTM(2, 3))

@@ -1,17 +1,18 @@
-"""LayerNorm and RMSNorm on constant and extreme rows; errors."""
+"""LayerNorm, RMSNorm and GroupNorm on constant and extreme rows; errors."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from handgrad import ArgumentError, DtypeError, LayerNorm, RMSNorm, ShapeError
+from handgrad import ArgumentError, DtypeError, GroupNorm, LayerNorm, RMSNorm, ShapeError
 
 
-@pytest.mark.parametrize("layer", [LayerNorm(4), RMSNorm(4)], ids=repr)
+@pytest.mark.parametrize("layer", [LayerNorm(4), RMSNorm(4), GroupNorm(1, 4)], ids=repr)
 def test_constant_and_extreme_rows_stay_finite(layer):
     x = torch.tensor([[0.0] * 4, [7.0] * 4, [1e4, -1e4, 0.0, 1e-4], [800.0] * 4])
-    reference = getattr(torch.nn, type(layer).__name__)(4)
+    sizes = (1, 4) if isinstance(layer, GroupNorm) else (4,)
+    reference = getattr(torch.nn, type(layer).__name__)(*sizes)
     leaf = x.clone().requires_grad_()
     dout = torch.randn(4, 4)
     reference(leaf).backward(dout)
@@ -34,3 +35,14 @@ def test_errors_and_repr():
     assert repr(LayerNorm((3, 5), eps=0.1, bias=False)) == "LayerNorm((3, 5), eps=0.1, bias=False)"
     assert repr(LayerNorm(3, elementwise_affine=False)) == "LayerNorm(3, elementwise_affine=False, bias=False)"
     assert repr(RMSNorm(3, eps=0.1, elementwise_affine=False)) == "RMSNorm(3, eps=0.1, elementwise_affine=False)"
+    with pytest.raises(
+        ShapeError, match=r"GroupNorm\(num_groups=2, num_channels=4\)\.forward: x must be \(N, 4, \.\.\.\)"
+    ):
+        GroupNorm(2, 4)(torch.zeros(2, 3, 4))
+    with pytest.raises(ShapeError, match=r"x must be \(N, 4, \.\.\.\), got shape \(4,\)"):
+        GroupNorm(2, 4)(torch.zeros(4))
+    with pytest.raises(ShapeError, match=r"the variance of a group needs more than one value, got shape \(1, 4\)"):
+        GroupNorm(4, 4)(torch.zeros(1, 4))
+    with pytest.raises(ArgumentError, match="GroupNorm: num_groups must divide num_channels, got 3 and 4"):
+        GroupNorm(3, 4)
+    assert repr(GroupNorm(2, 4, 0.1, False)) == "GroupNorm(num_groups=2, num_channels=4, eps=0.1, affine=False)"

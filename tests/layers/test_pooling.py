@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 
-from handgrad import ArgumentError, AvgPool2d, MaxPool2d, ShapeError
+from handgrad import AdaptiveAvgPool2d, ArgumentError, AvgPool2d, MaxPool2d, ShapeError
 
 
 def test_errors_and_repr():
@@ -23,6 +23,18 @@ def test_errors_and_repr():
         MaxPool2d(0)
     with pytest.raises(ArgumentError, match="AvgPool2d: divisor_override must not be 0"):
         AvgPool2d(2, divisor_override=0)
+    with pytest.raises(
+        ShapeError, match=r"AdaptiveAvgPool2d\(output_size=\(1, 1\)\)\.forward: x must be \(N, C, H, W\)"
+    ):
+        AdaptiveAvgPool2d(1)(torch.zeros(4, 4))
+    with pytest.raises(ShapeError, match=r"x must be at least 1 by 1 for one window, got shape \(1, 0, 4\)"):
+        AdaptiveAvgPool2d(1)(torch.zeros(1, 0, 4))
+    for size in (0, None, (1, 0), (None, 0), (1, 2, 3)):
+        with pytest.raises(
+            ArgumentError, match="AdaptiveAvgPool2d: output_size must be a number of at least 1, or two of"
+        ):
+            AdaptiveAvgPool2d(size)
+    assert repr(AdaptiveAvgPool2d((None, 7))) == "AdaptiveAvgPool2d(output_size=(None, 7))"
     assert repr(MaxPool2d(3, 2, 1, 2, True)) == (
         "MaxPool2d(kernel_size=(3, 3), stride=(2, 2), padding=(1, 1), dilation=(2, 2), ceil_mode=True)"
     )

@@ -1,4 +1,4 @@
-"""CrossEntropy: which targets it ignores and which it refuses, and float64's full precision."""
+"""CrossEntropy: probabilities as targets, which targets it ignores or refuses, and the full precision of float64."""
 
 from __future__ import annotations
 
@@ -30,6 +30,12 @@ def test_what_is_no_class_is_ignored(reduction, weighted, ignore_index):
 def test_where_nothing_counts_the_mean_is_nan_and_the_gradient_zero(weight):
     loss = CrossEntropy(weight, label_smoothing=0.2)
     assert loss(torch.randn(2, 3), torch.full((2,), -100)).isnan()
+    assert not loss.backward().any()
+
+
+def test_rows_of_classes_without_weight_count_as_little_as_ignored_ones():
+    loss = CrossEntropy(torch.tensor([0.0, 1.0, 2.0]))
+    assert loss(torch.randn(2, 3), torch.tensor([0, 0])).isnan()
     assert not loss.backward().any()
 
 
@@ -68,3 +74,26 @@ def test_it_keeps_float64s_precision_beside_ignored_rows(weighted, smoothing):
     out = loss(logits, target)
     torch.testing.assert_close(out, torch.tensor(math.fsum(value), dtype=torch.float64), rtol=1e-14, atol=1e-15)
     torch.testing.assert_close(loss.backward(), torch.tensor(dx, dtype=torch.float64), rtol=1e-14, atol=1e-15)
+
+
+@pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.2}, {"weight": torch.tensor([0.3, 1.0, 2.0])}])
+def test_a_certain_distribution_is_its_class(options):
+    """The same loss and gradient, row by row; the mean of probabilities is over the rows, whatever the weights."""
+    by_class, by_probability = (CrossEntropy(**options, reduction="none") for _ in range(2))
+    x, y, dout = torch.randn(5, 3, 2), torch.randint(3, (5, 2)), torch.randn(5, 2)
+    onehot = nn.functional.one_hot(y, 3).movedim(-1, 1).float()
+    torch.testing.assert_close(by_class(x, y), by_probability(x, onehot))
+    torch.testing.assert_close(by_class.backward(dout), by_probability.backward(dout))
+    losses = by_probability(x, onehot)
+    torch.testing.assert_close(CrossEntropy(**options)(x, onehot), losses.mean())
+
+
+def test_targets_of_both_kinds_may_wait_for_their_backward():
+    loss, x, p = CrossEntropy(), torch.randn(4, 3), torch.rand(4, 3)
+    loss(x, p)
+    loss(x, torch.tensor([0, 1, 2, 0]))
+    compare(CrossEntropy(), nn.CrossEntropyLoss(), (x, p))
+    first = CrossEntropy()
+    first(x, p)
+    loss.backward()
+    assert torch.equal(loss.backward(), first.backward())

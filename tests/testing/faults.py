@@ -358,18 +358,18 @@ faults(
 
 faults(
     hg.SelfAttention,
-    ("softmax's sum forgotten", "(dp - (dp * p).sum(-1, keepdim=True))", "dp"),
+    ("softmax's sum forgotten", "ds = torch.addcmul(ds, p, ds.sum(-1, keepdim=True), value=-1)", "pass"),
     ("the sum over the queries", ".sum(-1, keepdim=True)", ".sum(-2, keepdim=True)"),
     ("the scale forgotten in dq", " / math.sqrt(q.shape[-1])", ""),
     ("the scale twice in dk", "ds.mT.bmm(q)", "ds.mT.bmm(q) / math.sqrt(q.shape[-1])"),
-    ("p not transposed in dv", "p.mT.bmm(dy)", "p.bmm(dy)"),
-    ("q and k exchanged", "self._merge(dq, dk, dv)", "self._merge(dk, dq, dv)"),
+    ("p not transposed in dv", "a.mT.bmm(dy)", "a.bmm(dy)"),
+    ("q and k exchanged", "*(dq, dk, dv)[i", "*(dk, dq, dv)[i"),
     (
         "the output projection skipped",
-        'self.out_proj.backward_at("out_proj", dout)',
+        'self.out_proj.backward_at("out_proj", self._by_batch(dout))',
         '(self.out_proj.backward_at("out_proj", dout), dout)[1]',
     ),
-    ("written into p", "(dp * p).sum(", "p.mul_(dp).sum("),
+    ("written into p", "ds = da * a", "ds = a.mul_(da)"),
 )
 faults(
     hg.RNNCell,
@@ -467,7 +467,7 @@ faults(
     ("dx without padding", "weight, None, self.stride, self.padding", "weight, None, self.stride, 0"),
     ("groups forgotten in dx", "rest, self.groups, self.dilation", "rest, 1, self.dilation"),
     ("the unread end forgotten", "self.padding, rest,", "self.padding, 0,"),
-    ("dbias of the first row", "drows.sum([0,", "drows[:1].sum([0,"),
+    ("dbias of the first row", "self._dbias(dout)", "self._dbias(dout[:1])"),
     ("kernel turned round in dx", "self.conv_transpose(dout, weight,", "self.conv_transpose(dout, weight.flip(-1),"),
     ("the asymmetric zeros kept", "if self.extra else dx", "if False else dx"),
 )
@@ -549,4 +549,55 @@ faults(
         "self.add_grad(self.bias, dbias)",
         "self.add_grad(self.bias, dbias / max(len(x), 1))",
     ),
+)
+faults(
+    hg.MultiheadAttention,
+    ("softmax's sum forgotten", "ds = torch.addcmul(ds, p, ds.sum(-1, keepdim=True), value=-1)", "pass"),
+    ("the sum over the queries", "ds.sum(-1, keepdim=True)", "ds.sum(-2, keepdim=True)"),
+    ("softmax's slope at what dropout left", "torch.addcmul(ds, p,", "torch.addcmul(ds, a,"),
+    ("dv through all probabilities: right without dropout", "a.mT.bmm(dy)", "p.mT.bmm(dy)"),
+    ("dkey and dvalue exchanged", "*(dq, dk, dv)[i", "*(dq, dv, dk)[i"),
+    ("the scale forgotten in dq", " / math.sqrt(q.shape[-1])", ""),
+    ("dquery left out, and not asked for", "if need_dx or dxs else None", "if dxs else None"),
+)
+faults(
+    hg.GroupNorm,
+    ("the path through the mean forgotten", "dxhat - _avg(dxhat, (2, 3))", "dxhat"),
+    ("the path through the variance forgotten", " - xhat * _avg(dxhat * xhat, (2, 3))", ""),
+    ("the mean of each channel, not of its group", "_avg(dxhat, (2, 3))", "_avg(dxhat, 3)"),
+    ("weight forgotten in dx: right for weight 1", "dxhat = dout * gain", "dxhat = dout"),
+    ("dweight of x - mean, not of xhat", "(dout * xhat).sum((0, 3))", "(dout * (x - mean)).sum((0, 3))"),
+    ("dbias averaged over the rows", "dout.sum((0, 3))", "dout.sum(3).mean(0)"),
+)
+faults(
+    hg.AdaptiveAvgPool2d,
+    ("the slope 1 for the share", " / (end - start)", ""),
+    ("windows that do not overlap", "((t + 1) * size + count - 1) // count", "(t + 1) * size // count"),
+    ("the first row of a window forgotten", "h >= start", "h > start"),
+    method="_shares",
+)
+faults(
+    hg.AdaptiveAvgPool2d,
+    ("the mean of dout everywhere", "dout.mT @ P", "dout.mT.mean((-2, -1), keepdim=True).expand_as(dout.mT) @ P"),
+    ("dout written to", "dout.mT @ P", "dout.mul_(1).mT @ P", "ownership"),
+    ("dx in float32", "(dout.mT @ P).mT @ Q", "((dout.mT @ P).mT @ Q).float()"),
+)
+faults(
+    hg.Upsample,
+    ("the last dout for the sum of all", "index_add_(dim, index, dx)", "index_copy_(dim, index, dx)"),
+    ("the mean for the sum", "return dx", "return dx * (dx.numel() / max(dout.numel(), 1))"),
+    ("the next position", "(dim, index, dx)", "(dim, (index + 1).clamp_max(shape[dim] - 1), dx)"),
+    ("rows in reversed order", "return dx", "return dx.flip(2)"),
+    ("dout written to", "dx = dout", "dx = dout.mul_(1)", "ownership"),
+    ("dx in float32", "return dx", "return dx.float()"),
+)
+faults(
+    hg.ConvTranspose2d,
+    ("dbias averaged over the rows", "self._dbias(dout)", "self._dbias(dout) / max(len(dout), 1)"),
+    ("dx without the dilation", "self.padding, self.dilation, self.groups)", "self.padding, 1, self.groups)"),
+    ("dx without the padding", "self.stride, self.padding, self.dilation", "self.stride, 0, self.dilation"),
+    ("dx through the kernel turned round", "self.conv(dout, weight,", "self.conv(dout, weight.flip(-1),"),
+    ("dweight turned round", "self._dweight(dout, x)", "self._dweight(dout, x).flip(-1)"),
+    ("dweight summed over one sample", "self._dweight(dout, x)", "self._dweight(dout[:3], x[:3])"),
+    ("dx with output_padding's rest", "narrow(dim, 0, size)", "narrow(dim, dx.shape[dim] - size, size)"),
 )
