@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import digits
 import torch
-from fitting import accuracy, fit, rows
 
+import digits
+from fitting import accuracy, fit, rows
 from handgrad import CrossEntropy, Flatten, Graph, Layer, Linear, Losses, Sequential, Sigmoid, TrainStep
 
 
@@ -16,7 +16,9 @@ def deep(H: int, layers: int) -> Layer:
 
 def build(H: int = 64, layers: int = 3) -> Layer:
     """Images (N, 1, 8, 8) to logits (N, 10) twice, at the end and in the middle."""
-    return Graph("x", "end middle",
+    return Graph(
+        "x",
+        "end middle",
         lower=(Sequential(Flatten(), Linear(64, H), Sigmoid(), deep(H, layers)), "x"),
         upper=(deep(H, layers), "lower"),
         middle=(Linear(H, 10), "lower"),

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import torch
-from fitting import fit
 from torch import Tensor
 
+from fitting import fit
 from handgrad import MSE, Add, Embedding, Graph, Layer, Linear, Sequential, SiLU, TrainStep
 
 STEPS = 100
@@ -15,7 +15,9 @@ KEPT = (1 - BETA).cumprod(0)  # the share of the variance that is still the poin
 
 def build(T: int = STEPS, H: int = 128) -> Layer:
     """Points with noise x (N, 2) and their steps t (N,) to the noise in them (N, 2)."""
-    return Graph("x t", "noise",
+    return Graph(
+        "x t",
+        "noise",
         h=(Linear(2, H), "x"),
         e=(Embedding(T, H), "t"),
         s=(Add(), "h e"),

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import torch
-from fitting import fit
 from torch import Tensor
 
+from fitting import fit
 from handgrad import MSE, Concat, Graph, Layer, Linear, ReLU, Sequential, ShapeError, Softmax, TrainStep
 
 
@@ -39,7 +39,9 @@ class Mix(Layer):
 
 def build(D: int = 2, E: int = 4, H: int = 16) -> Layer:
     """Points (N, D) to points (N, D)."""
-    return Graph("x", "out",
+    return Graph(
+        "x",
+        "out",
         weights=(Sequential(Linear(D, H), ReLU(), Linear(H, E), Softmax(-1)), "x"),
         answers=(Concat(*[Linear(D, D) for _ in range(E)], dim=-1), "x"),
         out=(Mix(), "weights answers"),

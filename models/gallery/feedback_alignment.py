@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import digits
 import torch
-from fitting import accuracy, fit, rows
 from torch import Tensor
 
+import digits
+from fitting import accuracy, fit, rows
 from handgrad import CrossEntropy, Flatten, Layer, Linear, Sequential, Tanh, TrainStep, buffer
 
 

@@ -1,4 +1,7 @@
-"""A generator, and a critic that is frozen while the generator learns from it (Goodfellow et al. 2014, arXiv:1406.2661)."""
+"""A generator, and a critic that is frozen while the generator learns from it.
+
+Goodfellow et al. 2014, arXiv:1406.2661
+"""
 
 from __future__ import annotations
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import digits
 import torch
-from fitting import accuracy, fit, rows
 from torch import Tensor
 
+import digits
+from fitting import accuracy, fit, rows
 from handgrad import (
     BCEWithLogits,
     Cat,
@@ -25,7 +25,9 @@ from handgrad import (
 
 def build(H: int = 128, E: int = 16) -> Layer:
     """Images (N, 1, 8, 8) and numbers (N,) to the logits of the digit (N, 10) and of "it is larger" (N, 1)."""
-    return Graph("image number", "digit larger",
+    return Graph(
+        "image number",
+        "digit larger",
         h=(Sequential(Flatten(), Linear(64, H), ReLU()), "image"),
         e=(Embedding(10, E), "number"),
         digit=(Linear(H, 10), "h"),

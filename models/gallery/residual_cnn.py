@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import digits
 import torch
-from fitting import accuracy, fit, rows
 
+import digits
+from fitting import accuracy, fit, rows
 from handgrad import (
-    AvgPool2d,
+    AdaptiveAvgPool2d,
     BatchNorm2d,
     Conv2d,
     CrossEntropy,
@@ -35,7 +35,7 @@ def block(C: int) -> Layer:
 def build(C: int = 32) -> Layer:
     """Images (N, 1, 8, 8) to logits (N, 10)."""
     return Sequential(
-        conv(1, C), ReLU(), block(C), MaxPool2d(2), block(C), AvgPool2d(4), Flatten(), Linear(C, 10)
+        conv(1, C), ReLU(), block(C), MaxPool2d(2), block(C), AdaptiveAvgPool2d(1), Flatten(), Linear(C, 10)
     )
 
 

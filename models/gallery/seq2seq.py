@@ -6,11 +6,22 @@ import random
 from pathlib import Path
 
 import torch
-from fitting import fit, rows
 from torch import Tensor
 
-from handgrad import GRU, Cat, CrossEntropy, Embedding, Flatten, Graph, Layer, Linear, MultiheadAttention, Sequential
-from handgrad import TrainStep
+from fitting import fit, rows
+from handgrad import (
+    GRU,
+    Cat,
+    CrossEntropy,
+    Embedding,
+    Flatten,
+    Graph,
+    Layer,
+    Linear,
+    MultiheadAttention,
+    Sequential,
+    TrainStep,
+)
 
 NAMES = Path(__file__).parents[1] / "data" / "names.txt"
 LONGEST, VOCABULARY = 16, 27  # 0 begins and ends a name, and fills up the row
@@ -18,7 +29,9 @@ LONGEST, VOCABULARY = 16, 27  # 0 begins and ends a name, and fills up the row
 
 def build(V: int = VOCABULARY, D: int = 64) -> Layer:
     """What to read (N, S) and what has been written so far (N, T), to the logits of what comes next (N T, V)."""
-    return Graph("source target", "logits",
+    return Graph(
+        "source target",
+        "logits",
         s=(Embedding(V, D), "source"),
         memory=(GRU(D, D, batch_first=True, return_state=True), "s"),
         t=(Embedding(V, D), "target"),

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import digits
 import torch
-from fitting import fit, rows
 from torch import Tensor
 
+import digits
+from fitting import fit, rows
 from handgrad import BCEWithLogits, Flatten, Graph, Layer, Linear, Multiply, ReLU, Sequential, TrainStep
 
 
 def build(H: int = 128, D: int = 64) -> Layer:
     """Two images (N, 1, 8, 8) to a logit (N, 1)."""
     tower = Sequential(Flatten(), Linear(64, H), ReLU(), Linear(H, D))
-    return Graph("a b", "same",
+    return Graph(
+        "a b",
+        "same",
         u=(tower, "a"),
         v=(tower, "b"),
         uv=(Multiply(), "u v"),

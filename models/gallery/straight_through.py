@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import digits
 import torch
-from fitting import accuracy, fit, rows
 from torch import Tensor
 
+import digits
+from fitting import accuracy, fit, rows
 from handgrad import BatchNorm1d, CrossEntropy, Flatten, Layer, Linear, Sequential, TrainStep
 
 
@@ -34,8 +34,12 @@ def build(H: int = 256) -> Layer:
     """Images (N, 1, 8, 8) to logits (N, 10), all inner values 1 or -1."""
     return Sequential(
         Flatten(),
-        Linear(64, H), BatchNorm1d(H), Sign(),
-        Linear(H, H), BatchNorm1d(H), Sign(),
+        Linear(64, H),
+        BatchNorm1d(H),
+        Sign(),
+        Linear(H, H),
+        BatchNorm1d(H),
+        Sign(),
         Linear(H, 10),
     )
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from fitting import fit, rows
 from torch import Tensor
 
-from handgrad import CrossEntropy, Embedding, Flatten, Layer, Linear, Sequential, Tanh, TrainStep
+from fitting import fit, rows
+from handgrad import CrossEntropy, Embedding, Flatten, Linear, Sequential, Tanh, TrainStep
 
 NAMES = Path(__file__).parents[1] / "data" / "names.txt"
 GIRLS = 18_309  # the names before those of boys

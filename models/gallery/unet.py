@@ -2,35 +2,12 @@
 
 from __future__ import annotations
 
-import digits
 import torch
-from fitting import fit, rows
 from torch import Tensor
 
-from handgrad import MSE, Cat, Conv2d, Graph, Layer, MaxPool2d, ReLU, Sequential, ShapeError, TrainStep
-
-
-class Double(Layer):
-    """Every pixel four times.
-
-    Forward:   out[n, c, i, j] = x[n, c, i // 2, j // 2]
-    Shapes:    x (N, C, H, W); out (N, C, 2 H, 2 W)
-    Backward:  dx[n, c, i, j] = the sum of dout over the four pixels that x[n, c, i, j] went to
-    Recorded:  nothing
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.check_input(x)
-        if x.dim() != 4:
-            raise self.error(ShapeError, "forward", f"x must be (N, C, H, W), got {tuple(x.shape)}")
-        out = x.repeat_interleave(2, 2).repeat_interleave(2, 3)
-        self.push(out=out)
-        return out
-
-    def backward(self, dout: Tensor) -> Tensor:
-        self.pop(dout)
-        N, C, H, W = dout.shape
-        return dout.reshape(N, C, H // 2, 2, W // 2, 2).sum((3, 5))
+import digits
+from fitting import fit, rows
+from handgrad import MSE, Cat, Conv2d, Graph, Layer, MaxPool2d, ReLU, Sequential, TrainStep, Upsample
 
 
 def conv(C_in: int, C_out: int) -> Layer:
@@ -40,12 +17,14 @@ def conv(C_in: int, C_out: int) -> Layer:
 
 def build(C: int = 16) -> Layer:
     """Images (N, 1, H, W), H and W multiples of 4, to images alike."""
-    return Graph("x", "out",
+    return Graph(
+        "x",
+        "out",
         a=(conv(1, C), "x"),
         b=(Sequential(MaxPool2d(2), conv(C, 2 * C)), "a"),
-        c=(Sequential(MaxPool2d(2), conv(2 * C, 4 * C), Double()), "b"),
+        c=(Sequential(MaxPool2d(2), conv(2 * C, 4 * C), Upsample(scale_factor=2)), "b"),
         bc=(Cat(1), "b c"),
-        d=(Sequential(conv(6 * C, 2 * C), Double()), "bc"),
+        d=(Sequential(conv(6 * C, 2 * C), Upsample(scale_factor=2)), "bc"),
         ad=(Cat(1), "a d"),
         out=(Sequential(conv(3 * C, C), Conv2d(C, 1, 1)), "ad"),
     )

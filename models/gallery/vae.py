@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import digits
 import torch
-from fitting import fit, rows
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy, logsigmoid
 
+import digits
+from fitting import fit, rows
 from handgrad import Flatten, Graph, Layer, Linear, Loss, ReLU, Sequential, ShapeError, TrainStep
 
 
@@ -64,7 +64,9 @@ class ELBO(Loss):
 
 def build(D: int = 64, H: int = 256, Z: int = 8) -> Layer:
     """Images to the logits of their pixels, and to the mean and log-variance of their code z."""
-    return Graph("x", "logits mean logvar",
+    return Graph(
+        "x",
+        "logits mean logvar",
         h=(Sequential(Flatten(), Linear(D, H), ReLU()), "x"),
         mean=(Linear(H, Z), "h"),
         logvar=(Linear(H, Z), "h"),
