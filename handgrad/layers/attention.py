@@ -128,7 +128,7 @@ class Attention(Layer):
         heads, T, d = parts[0].shape
         N = heads // self.num_heads
         by_step = [p.view(N, self.num_heads, T, d).transpose(1, 2) for p in parts]  # (N, T, heads, d)
-        return torch.cat(by_step, 2).view(N * T, len(parts) * self.embed_dim)
+        return torch.stack(by_step, 2).reshape(N * T, len(parts) * self.embed_dim)
 
 
 class MultiheadAttention(Attention):
