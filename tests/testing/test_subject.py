@@ -355,4 +355,4 @@ def test_a_frozen_parameter_that_gets_a_gradient_is_told():
     with pytest.raises(GradientMismatch) as caught:
         check_layer(lambda D: Writes(D, 2).freeze(), x="N D")
     assert "bias is wrong: there is no gradient, yet backward made one" in str(caught.value)
-    assert "hint: it is frozen: add_grad(parameter, gradient) passes it over, an assignment" in str(caught.value)
+    assert "hint: it is frozen: add_grad(parameter, gradient) passes it over, writing to .grad" in str(caught.value)
