@@ -328,14 +328,23 @@ class LinearCrossEntropy(nn.Module):
     """A torch.nn.Linear and cross entropy, in one piece."""
 
     def __init__(
-        self, in_features: int, num_classes: int, *, bias: bool = False, chunk_size: int = 0, **options: Any
+        self,
+        in_features: int,
+        num_classes: int,
+        *,
+        bias: bool = False,
+        weight: Tensor | None = None,
+        chunk_size: int = 0,
+        **options: Any,
     ) -> None:
         super().__init__()
         self.linear, self.options = nn.Linear(in_features, num_classes, bias), options
+        self.register_buffer("weight", weight)
+        self.weight: Tensor | None
 
     def forward(self, x: Tensor, target: Tensor) -> Tensor:
         logits = self.linear(x).reshape(-1, self.linear.out_features)
-        loss = cross_entropy(logits, target.reshape(-1), **self.options)
+        loss = cross_entropy(logits, target.reshape(-1), self.weight, **self.options)
         return loss.reshape(target.shape) if loss.dim() else loss
 
 

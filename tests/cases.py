@@ -796,10 +796,24 @@ case("LinearCrossEntropy without options", ["N D", "N < V"], lambda lib, D, V: l
 case(
     "LinearCrossEntropy",
     ["*N D", "*N < V"],
-    lambda lib, D, V, bias, ignored, reduction, chunk: lib.LinearCrossEntropy(
-        D, V, bias=bias, ignore_index=0 if ignored else -100, reduction=reduction, chunk_size=chunk
+    lambda lib, D, V, bias, weighted, ignored, smoothing, reduction, chunk: lib.LinearCrossEntropy(
+        D,
+        V,
+        bias=bias,
+        weight=weights(V) if weighted else None,
+        ignore_index=0 if ignored else -100,
+        label_smoothing=smoothing,
+        reduction=reduction,
+        chunk_size=chunk,
     ),
-    options={"bias": BOTH, "ignored": BOTH, "reduction": REDUCTIONS, "chunk": [1, 2, 3, 100]},
+    options={
+        "bias": BOTH,
+        "weighted": BOTH,
+        "ignored": BOTH,
+        "smoothing": [0.0, 0.2, 1.0],
+        "reduction": REDUCTIONS,
+        "chunk": [1, 2, 3, 100],
+    },
 )
 case("MSE", ["*N", "*N"], lambda lib, reduction: lib.MSE(reduction=reduction), options={"reduction": REDUCTIONS})
 case(

@@ -217,6 +217,13 @@ ERRORS: list[tuple[Callable[[], Any], type[Exception], type[Exception], str]] = 
         ValueError,
         "Embedding: padding_idx must be within the 3 rows, got 3",
     ),
+    (
+        lambda: hg.Embedding(3, 2, None, 1.0),
+        hg.ArgumentError,
+        ValueError,
+        "Embedding: max_norm must be None, for a forward does not change its table; instead call "
+        "layer.weight.renorm_(2, 0, 1.0) after each optimizer step",
+    ),
     (lambda: hg.BatchNorm1d(0), hg.ArgumentError, ValueError, "BatchNorm1d: num_features must be at least 1, got 0"),
     (
         lambda: hg.CrossEntropy(reduction="avg"),

@@ -19,11 +19,12 @@ class Embedding(Layer):
                dweight[v] = sum over those n of dout[n]; zero for v = padding_idx.
                An index has no gradient: dx is None.
     Recorded:  x
-    Raises:    IndexRangeError for an index outside the table, negative ones included; DtypeError for one that is no
-               integer; StateError from a backward without a forward.
+    Raises:    ArgumentError; IndexRangeError for an index outside the table, negative ones included; DtypeError for
+               one that is no integer; StateError from a backward without a forward.
 
     The table is drawn as torch.nn.Embedding draws it, from the standard normal, with row `padding_idx` zero. A
-    negative `padding_idx` counts from the end. The row itself may be assigned; it just gets no gradient.
+    negative `padding_idx` counts from the end. The row itself may be assigned; it just gets no gradient. A `max_norm`
+    is refused, with what to do instead.
 
     >>> layer = Embedding(5, 2)
     >>> layer(torch.tensor([3, 3, 0])).shape
@@ -41,6 +42,7 @@ class Embedding(Layer):
         num_embeddings: int,
         embedding_dim: int,
         padding_idx: int | None = None,
+        max_norm: None = None,
         *,
         generator: torch.Generator | None = None,
         dtype: torch.dtype | None = None,
@@ -50,6 +52,9 @@ class Embedding(Layer):
             raise ArgumentError(f"Embedding: sizes must be at least 1, got {num_embeddings} -> {embedding_dim}")
         if padding_idx is not None and not -num_embeddings <= padding_idx < num_embeddings:
             raise ArgumentError(f"Embedding: padding_idx must be within the {num_embeddings} rows, got {padding_idx}")
+        if max_norm is not None:
+            how = f"instead call layer.weight.renorm_(2, 0, {max_norm}) after each optimizer step"
+            raise ArgumentError(f"Embedding: max_norm must be None, for a forward does not change its table; {how}")
         self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
         self.padding_idx = None if padding_idx is None else padding_idx % num_embeddings
         self.weight = torch.empty(num_embeddings, embedding_dim, dtype=dtype, device=device)

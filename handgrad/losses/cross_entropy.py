@@ -7,7 +7,6 @@ from torch import Tensor
 from torch.nn.functional import nll_loss
 
 from handgrad.errors import ArgumentError, DtypeError, ShapeError
-from handgrad.layer import buffer
 from handgrad.losses.loss import ClassLoss
 from handgrad.pieces import exp
 
@@ -44,22 +43,6 @@ class CrossEntropy(ClassLoss):
     (tensor(1.3863), tensor([[-0.2500, -0.2500,  0.2500,  0.2500]]))
     """
 
-    weight: Tensor | None = buffer("C")
-
-    def __init__(
-        self,
-        weight: Tensor | None = None,
-        ignore_index: int = -100,
-        label_smoothing: float = 0.0,
-        reduction: str = "mean",
-    ) -> None:
-        super().__init__(reduction)
-        if not 0 <= label_smoothing <= 1:
-            raise ArgumentError(f"CrossEntropy: label_smoothing must be in 0..1, got {label_smoothing}")
-        if weight is not None and weight.dim() != 1:
-            raise ArgumentError(f"CrossEntropy: weight must be (C,), one per class, got shape {tuple(weight.shape)}")
-        self.weight, self.ignore_index, self.label_smoothing = weight, ignore_index, label_smoothing
-
     def forward(self, x: Tensor, target: Tensor) -> Tensor:
         if isinstance(target, Tensor) and target.is_floating_point():
             return self._forward_of_probabilities(x, target)
@@ -76,13 +59,13 @@ class CrossEntropy(ClassLoss):
             raise
         s = self.label_smoothing
         if s > 0:
-            smooth = (logp if self.weight is None else logp * self._by_class(logp, dim)).sum(dim)
+            smooth = (logp if self.weight is None else logp * _by_class(self.weight, logp, dim)).sum(dim)
             if used is not None:
                 smooth = smooth.where(used, 0)
             if self.reduction != "none":
                 smooth = smooth.sum()
             if self.reduction == "mean":
-                smooth = smooth / self._count(y, used, x.dtype)
+                smooth = smooth / self.count(y, used, x.dtype)
             out = (1 - s) * out - s / x.shape[dim] * smooth
         self.push(logp, y, self.weight, used, out=out)
         return out
@@ -98,12 +81,13 @@ class CrossEntropy(ClassLoss):
         if weight is None:
             minus_q_y, q_all = torch.full_like(column, s - 1, dtype=dx.dtype), s / C  # and sum_c q[c] = 1
         else:
-            minus_q_y, q_all = (s - 1) * weight[column], s / C * self._by_class(logp, dim)
+            minus_q_y, q_all = (s - 1) * weight[column], s / C * _by_class(weight, logp, dim)
             dx = dx * (q_all.sum() - minus_q_y)
         if s > 0:
             dx = dx - q_all
         dx.scatter_add_(dim, column, minus_q_y)
-        return dx.mul_(self._dlosses(dout, logp, y, used, dim))  # dlosses (p sum_c q[c] - q)
+        dlosses = self.row_dlosses(dout, logp, y, used)
+        return dx.mul_(dlosses.unsqueeze(dim) if dlosses.dim() else dlosses)  # dlosses (p sum_c q[c] - q)
 
     def _forward_of_probabilities(self, x: Tensor, target: Tensor) -> Tensor:
         dim = self._check_probabilities(x, target)
@@ -125,28 +109,7 @@ class CrossEntropy(ClassLoss):
         """What multiplies -logp: w[c] ((1 - s) t[c] + s/C)."""
         s = self.label_smoothing
         q = (1 - s) * target + s / target.shape[dim] if s > 0 else target
-        return q if self.weight is None else q * self._by_class(target, dim)
-
-    def _dlosses(self, dout: Tensor | None, logp: Tensor, y: Tensor, used: Tensor | None, dim: int) -> Tensor:
-        """The gradient of each row's loss, 0 for an ignored row: () where it is one for all, or with 1 for C."""
-        count = self._count(y, used, logp.dtype) if self.reduction == "mean" else 1
-        if isinstance(count, Tensor):  # 0 where no row counts: then nothing has a gradient, whatever divides it
-            count = count.masked_fill(count == 0, 1)
-        dlosses = self.dlosses(dout, logp, count)
-        if used is not None:
-            dlosses = dlosses.where(used, 0)
-        return dlosses.unsqueeze(dim) if dlosses.dim() else dlosses
-
-    def _by_class(self, x: Tensor, dim: int) -> Tensor:
-        """The weights, to broadcast against x."""
-        weight = x.new_ones(x.shape[dim]) if self.weight is None else self.weight
-        return weight.view(-1, *[1] * (x.dim() - dim - 1))
-
-    def _count(self, y: Tensor, used: Tensor | None, dtype: torch.dtype) -> Tensor | int:
-        """What the mean divides by: the sum of w[y] over the rows that are used."""
-        if self.weight is None:
-            return max(y.numel(), 1) if used is None else used.sum(dtype=dtype)
-        return self.weight[y if used is None else y[used]].sum()
+        return q if self.weight is None else q * _by_class(self.weight, target, dim)
 
     def _check(self, x: Tensor, target: Tensor) -> int:
         """Check both inputs; the dimension of x that holds the classes."""
@@ -179,3 +142,8 @@ class CrossEntropy(ClassLoss):
         if self.weight is not None and self.weight.shape[0] != classes:
             problem = f"x must have {self.weight.shape[0]} classes, one per weight, got shape {tuple(x.shape)}"
             raise self.error(ShapeError, "forward", problem)
+
+
+def _by_class(weight: Tensor, x: Tensor, dim: int) -> Tensor:
+    """The weights, to broadcast against x."""
+    return weight.view(-1, *[1] * (x.dim() - dim - 1))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,17 +18,19 @@ from handgrad.losses.loss import ClassLoss
 class LinearCrossEntropy(ClassLoss):
     """The last Linear of a classifier and its CrossEntropy in one, a few rows at a time: for a large vocabulary.
 
-    Forward:   z = x @ weight.T + bias with linear's weight and bias,  top[n] = max_v z[n, v]
-               log[n] = log sum_v exp(z[n, v] - top[n])
-               losses[n] = log[n] - (z[n, y] - top[n]) for a row n with target y; 0 where y = ignore_index.
-               "sum" adds the rows up, "mean" divides that by the number of rows not ignored, "none" returns them.
-               Rows are taken `chunk_size` at a time; of z only top, log and z[n, y] outlive their chunk.
-    Shapes:    x (..., D); target (...) int64; linear a Linear(D -> V); loss () or like target
+    Forward:   z = x @ linear.weight.T + linear.bias,  top[n] = max_v z[n, v]
+               log[n] = log sum_v exp(z[n, v] - top[n]),  so that z - top - log = log_softmax(z)
+               losses[n] = -sum_v q[v] (z[n, v] - top[n] - log[n]),  q[v] = w[v] ((1 - s) [v = y] + s/V)  for a row n
+               with target y; 0 where y = ignore_index. Here s = label_smoothing and w = weight (or ones); for s = 0 and
+               w = 1 that is log[n] - (z[n, y] - top[n]).
+               "sum" adds the rows up, "mean" divides that by the sum of w[y] over the rows not ignored, "none" returns
+               them. Rows are taken `chunk_size` at a time; of z only sums per row outlive their chunk.
+    Shapes:    x (..., D); target (...) int64; linear a Linear(D -> V); weight (V,); loss () or like target
     Backward:  z is computed again, chunk by chunk. With p = exp(z - top - log), the softmax,
-               dz[n, v] = dlosses[n] (p[n, v] - [v = y]), where dlosses is dout, divided for the mean by the number of
-               rows not ignored, and 0 where y = ignore_index;
-               dx = dz @ weight,  dweight = dz^T x,  dbias = sum_n dz[n]
-    Recorded:  x, target, top, log, weight, bias: O(rows), not O(rows V)
+               dz[n, v] = dlosses[n] (p[n, v] sum_u q[u] - q[v]), where dlosses is dout, divided for the mean by what it
+               divides by, and 0 where y = ignore_index;  dx = dz @ linear.weight,  and with sums over n
+               dweight = dz^T x,  dbias = sum_n dz[n]  of linear
+    Recorded:  x, target, top, log, weight and those of linear: O(rows), not O(rows V)
     Raises:    ShapeError; DtypeError; IndexRangeError for a target that is neither a class nor ignore_index;
                ArgumentError; StateError.
     Source:    torch.nn.LinearCrossEntropyLoss for parameters, keys and semantics; Wijmans et al. 2024,
@@ -53,67 +56,90 @@ class LinearCrossEntropy(ClassLoss):
         num_classes: int,
         *,
         bias: bool = False,
+        weight: Tensor | None = None,
         ignore_index: int = -100,
+        label_smoothing: float = 0.0,
         reduction: str = "mean",
         chunk_size: int = 1024,
         generator: torch.Generator | None = None,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> None:
-        super().__init__(reduction)
+        super().__init__(weight, ignore_index, label_smoothing, reduction)
         if chunk_size < 1:
             raise ArgumentError(f"LinearCrossEntropy: chunk_size must be at least 1, got {chunk_size}")
+        if weight is not None and len(weight) != num_classes:
+            problem = f"weight must be ({num_classes},), one per class, got shape {tuple(weight.shape)}"
+            raise ArgumentError(f"LinearCrossEntropy: {problem}")
         self.linear = Linear(in_features, num_classes, bias, generator=generator, dtype=dtype, device=device)
-        self.in_features, self.num_classes, self.bias = in_features, num_classes, bias
-        self.ignore_index, self.chunk_size = ignore_index, chunk_size
+        self.in_features, self.num_classes, self.bias, self.chunk_size = in_features, num_classes, bias, chunk_size
 
     def forward(self, x: Tensor, target: Tensor) -> Tensor:
         self._check(x, target)
-        weight, bias, xs = self.linear.weight, self.linear.bias, rows(x)
+        W, bias, xs = self.linear.weight, self.linear.bias, rows(x)
         used, y = self.labels(target.reshape(-1))
         if not is_compiling():
             self.check_range(y, self.num_classes)
-        tops, logs, losses = [], [], []
+        q_y, q_all, sum_q = self._q(y)
+        tops, logs, z_ys, z_qs = [], [], [], []
         for a, b in self._chunks(len(y)):
-            z = linear(xs[a:b], weight, bias)  # (chunk, V)
-            top = z.amax(1, keepdim=True)
-            z = z.sub_(top)
-            losses.append(-z.gather(1, y[a:b, None]))
-            log = z.exp_().sum(1, keepdim=True).log_()
-            losses[-1] += log
-            tops.append(top)
-            logs.append(log)
-        top, log, loss = (torch.cat(t) if t else xs.new_zeros(0, 1) for t in (tops, logs, losses))  # (N, 1)
+            z = linear(xs[a:b], W, bias)  # (chunk, V)
+            tops.append(z.amax(1, keepdim=True))
+            z = z.sub_(tops[-1])
+            z_ys.append(z.gather(1, y[a:b, None]))
+            if q_all is not None:
+                z_qs.append(z @ q_all)
+            logs.append(z.exp_().sum(1, keepdim=True).log_())
+        top, log, z_y = (torch.cat(t) if t else xs.new_zeros(0, 1) for t in (tops, logs, z_ys))  # (N, 1)
+        loss: Tensor = sum_q * log - q_y * z_y
+        if z_qs:
+            loss -= torch.cat(z_qs)
         loss = loss[:, 0] if used is None else loss[:, 0].where(used, 0)
         if self.reduction == "mean":
-            out = loss.sum() / (len(y) if used is None else used.sum())
+            out = loss.sum() / self.count(y, used, x.dtype)
         else:
             out = self.reduce(loss.view(target.shape))
-        self.push(x, y, used, top, log, weight, bias, out=out)
+        self.push(x, y, used, top, log, self.weight, W, bias, out=out)
         return out
 
     def backward(self, dout: Tensor | None = None) -> Tensor:
-        x, y, used, top, log, weight, bias = self.pop(dout)
+        x, y, used, top, log, _, W, bias = self.pop(dout)
         xs = rows(x)
-        count = max(len(y), 1) if used is None else used.sum(dtype=x.dtype).clamp(min=1)
-        dlosses = self.dlosses(dout, x, count).reshape(-1).expand(len(y))
-        dlosses = (dlosses if used is None else dlosses.where(used, 0)).unsqueeze(1)  # (N, 1)
-        dx, dweight = torch.empty_like(xs), torch.zeros_like(weight)
+        dlosses = self.row_dlosses(None if dout is None else dout.reshape(-1), x, y, used)
+        dlosses = dlosses.expand(len(y)).unsqueeze(1)  # (N, 1)
+        q_y, q_all, sum_q = self._q(y)
+        at_y, everywhere = -dlosses * q_y, dlosses * sum_q
+        dx, dweight = torch.empty_like(xs), torch.zeros_like(W)
         dbias = None if bias is None else torch.zeros_like(bias)
         for a, b in self._chunks(len(y)):
-            # losses[n] = log[n] - (z[n, y] - top[n]),  p = exp(z - top - log)
-            z = linear(xs[a:b], weight, bias)
-            dz = z.sub_(top[a:b]).sub_(log[a:b]).exp_().mul_(dlosses[a:b])  # dlosses p, in the one (chunk, V) there is
-            dz.scatter_add_(1, y[a:b, None], -dlosses[a:b])
-            # z = x @ weight.T + bias
-            dx[a:b] = dz @ weight
+            # losses[n] = -sum_v q[v] (z[n, v] - top[n] - log[n]),  p = exp(z - top - log)
+            z = linear(xs[a:b], W, bias)
+            dz = z.sub_(top[a:b]).sub_(log[a:b]).exp_().mul_(everywhere[a:b])  # in the one (chunk, V) there is
+            dz.scatter_add_(1, y[a:b, None], at_y[a:b])
+            if q_all is not None:
+                dz.addmm_(dlosses[a:b], q_all.t(), alpha=-1)
+            # z = x @ linear.weight.T + linear.bias
+            dx[a:b] = dz @ W
             dweight.addmm_(dz.t(), xs[a:b])
             if dbias is not None:
                 dbias += dz.sum(0)
-        self.add_grad(weight, dweight)
+        self.add_grad(W, dweight)
         if dbias is not None:
             self.add_grad(bias, dbias)
         return dx.view_as(x)
+
+    def _q(self, y: Tensor) -> tuple[Any, Tensor | None, Any]:
+        """Of q[v] = q_y [v = y] + q_all[v]: q_y, q_all (V, 1) or None for zeros, and the sum over v.
+
+        The first and the last are (N, 1), or numbers where they are the same for all rows.
+        """
+        s, w = self.label_smoothing, self.weight
+        q_y: Any = 1 - s if w is None else (1 - s) * w[y].unsqueeze(1)
+        if s == 0:
+            return q_y, None, q_y
+        ones = self.linear.weight.new_ones(self.num_classes, 1)
+        q_all = s / self.num_classes * (ones if w is None else w.unsqueeze(1))
+        return q_y, q_all, q_y + q_all.sum()
 
     def _chunks(self, rows: int) -> Iterator[tuple[int, int]]:
         return ((a, min(a + self.chunk_size, rows)) for a in range(0, rows, self.chunk_size))

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from handgrad.errors import ArgumentError, DtypeError, IndexRangeError, ShapeError
-from handgrad.layer import Layer, Spec
+from handgrad.layer import Layer, Spec, buffer
 
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -87,7 +87,22 @@ class Loss(Layer):
 class ClassLoss(Loss):
     """A loss whose target is the index of a class for each row, or `ignore_index` for a row that does not count."""
 
-    ignore_index: int
+    weight: Tensor | None = buffer("C")
+
+    def __init__(
+        self,
+        weight: Tensor | None = None,
+        ignore_index: int = -100,
+        label_smoothing: float = 0.0,
+        reduction: str = "mean",
+    ) -> None:
+        super().__init__(reduction)
+        kind = type(self).__name__
+        if not 0 <= label_smoothing <= 1:
+            raise ArgumentError(f"{kind}: label_smoothing must be in 0..1, got {label_smoothing}")
+        if weight is not None and weight.dim() != 1:
+            raise ArgumentError(f"{kind}: weight must be (C,), one per class, got shape {tuple(weight.shape)}")
+        self.weight, self.ignore_index, self.label_smoothing = weight, ignore_index, label_smoothing
 
     def check_target(self, target: Tensor) -> None:
         """Raise unless the target is a tensor of class indices."""
@@ -106,6 +121,21 @@ class ClassLoss(Loss):
             return None, target
         used = target != ignored
         return used, target.where(used, 0)
+
+    def count(self, y: Tensor, used: Tensor | None, dtype: torch.dtype) -> Tensor | int:
+        """What the mean divides by: the sum of w[y] over the rows that are used."""
+        if self.weight is None:
+            return y.numel() if used is None else used.sum(dtype=dtype)
+        return self.weight[y if used is None else y[used]].sum()
+
+    def row_dlosses(self, dout: Tensor | None, x: Tensor, y: Tensor, used: Tensor | None) -> Tensor:
+        """The gradient of each row's loss, 0 for an ignored row: like y, or () where it is one for all."""
+        count: Tensor | int = 1
+        if self.reduction == "mean":  # 0 where no row counts: then nothing has a gradient, whatever divides it
+            count = self.count(y, used, x.dtype)
+            count = count.masked_fill(count == 0, 1) if isinstance(count, Tensor) else max(count, 1)
+        dlosses = self.dlosses(dout, x, count)
+        return dlosses if used is None else dlosses.where(used, 0)
 
     def check_range(self, y: Tensor, classes: int) -> None:
         """Raise IndexRangeError unless every label is a class."""

@@ -22,7 +22,10 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("layer", help="module:Name of the class or of a function that makes the layer")
     parser.add_argument(
-        "--x", action="append", required=True, help='the input, such as "*N D"; once for each input of forward'
+        "--x",
+        action="append",
+        required=True,
+        help='the input, such as "*N D"; once for each input of forward, or for each output that a loss takes',
     )
     parser.add_argument("--target", help="the target, for a loss")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=V1,V2", help="values of an argument")

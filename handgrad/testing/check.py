@@ -70,6 +70,11 @@ def check_layer(
                 the max_examples of the hypothesis profile.
     reproduce   what a failure printed: runs just that example.
 
+    A layer that draws random numbers, from torch's generator or its own, is given the same ones in the same places in
+    all runs that are compared, whatever their dtype and layout; a reference or module that draws in the same order gets
+    them, too. Frozen parameters must get no gradient. An output that is not floating, such as indices, has no dout:
+    backward gets None for it.
+
     Returns a Report. Raises GradientMismatch, OutputMismatch, ContractError or LayerCrash (all of them
     CheckFailure and AssertionError) where the layer is wrong, with the smallest example found; VacuousCheck or
     OracleError (CheckError) where the check is; ArgumentError where it is asked for something impossible.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import compress
 from typing import Any
 
 import torch
@@ -29,7 +30,7 @@ def compare(layer: Any, module: torch.nn.Module, x: Any, *, steps: int = 3, seed
     """
     subject.check_contract(layer)
     ours = subject.Packed(subject.cast(subject.clone(layer), torch.float64), subject.form_of(subject.as_tuple(x)))
-    ours.random = subject.draws(ours, tuple(_vary(t, 0) for t in subject.flatten(x)))
+    ours.random = subject.draws(subject.clone(ours), tuple(_vary(t, 0) for t in subject.flatten(x)))
     call, theirs = Oracle(module=lambda: subject.clone(module)).bind(ours)
     frozen = subject.frozen(ours)
     for name, param in subject.parameters(theirs).items():
@@ -50,9 +51,9 @@ def compare(layer: Any, module: torch.nn.Module, x: Any, *, steps: int = 3, seed
         with subject.private_rng(seed + step), torch.enable_grad():
             wanted = call(*[leaves.get(n, t) for n, t in zip(names, inputs)])
             _same_number(outs, wanted, where)
-            tracked = [(o, d) for o, d in zip(wanted, douts) if o.requires_grad]
-            if tracked:
-                torch.autograd.backward(*zip(*tracked))
+            tracked = [o.requires_grad for o in wanted]
+            if any(tracked):
+                torch.autograd.backward(list(compress(wanted, tracked)), list(compress(douts, tracked)))
         limit = judge.within(judge.AGAINST_ORACLE, 1e-3 * max(map(judge.largest, douts), default=0.0))
         detached = subject.named("out", tuple(o.detach() for o in wanted))
         judge.judge(subject.named("out", outs), detached, limit, where, OutputMismatch)

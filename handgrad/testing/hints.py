@@ -73,9 +73,7 @@ def hints(s: Sample, details: dict[str, Any]) -> list[Hint]:
     elif isinstance(want, Tensor) and got is None and details.get("tensor") in subject.parameters(s.layer):
         found.append(Hint("backward never adds to it: add_grad(parameter, gradient)"))
     elif isinstance(got, Tensor) and want is None and details.get("tensor") in subject.frozen(s.layer):
-        found.append(
-            Hint("it is frozen: add_grad(parameter, gradient) passes it over, an assignment to .grad does not")
-        )
+        found.append(Hint("it is frozen: add_grad(parameter, gradient) passes it over, writing to .grad does not"))
     if details.get("property") == "gradients":
         found = [*_order_of_uses(s), *found, *_passes_when(s, details)]
     return found
@@ -222,7 +220,8 @@ def _order_of_uses(s: Sample) -> Iterator[Hint]:
             got = {**subject.backward(twin, s.inputs, s.douts), **subject.gradients(twin)}
         except CheckFailure:
             return
-    if all(_close(got[n], g) for n, g in s.truth.grads.items() if g is not None):
+    pairs = [(got[n], g) for n, g in s.truth.grads.items()]
+    if all(mine is not None and _close(mine, g) for mine, g in pairs if g is not None):
         path, layer, uses = several[0]
         yield Hint(
             f"forward uses {path} ({type(layer).__name__}) {uses} times, and it is right when the first backward takes "

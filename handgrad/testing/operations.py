@@ -16,38 +16,17 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-DRAWS = frozenset(
-    [
-        "rand",
-        "rand_like",
-        "randn",
-        "randn_like",
-        "randint",
-        "randint_like",
-        "randperm",
-        "multinomial",
-        "normal",
-        "poisson",
-        "bernoulli",
-        "native_dropout",
-        "uniform_",
-        "normal_",
-        "random_",
-        "bernoulli_",
-        "exponential_",
-        "geometric_",
-        "log_normal_",
-        "cauchy_",
-    ]
-)
+RETURNED = "rand rand_like randn randn_like randint randint_like randperm multinomial normal poisson bernoulli"
+WRITTEN = "uniform_ normal_ random_ bernoulli_ exponential_ geometric_ log_normal_ cauchy_"
+DRAWS = frozenset([*RETURNED.split(), "native_dropout", *WRITTEN.split()])  # the operations that draw
 INTEGERS = ("randint", "randperm", "multinomial")  # what they draw is integer unless a dtype says otherwise
 
 
-class SameNumbers(TorchDispatchMode):
+class SameNumbers(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Inside, random numbers are drawn in float64, in the order of the indices, and then converted."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.drew = False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -79,11 +58,11 @@ def _converted(value: Any, dtype: torch.dtype) -> Any:
     return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
-class _Reads(TorchDispatchMode):
+class _Reads(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Inside, notes which tensor objects operations are called with."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.ids: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -92,7 +71,7 @@ class _Reads(TorchDispatchMode):
 
 
 def read_in(run: Callable[[], Any], tensors: Iterable[tuple[str, Tensor]]) -> list[str]:
-    """The names of the tensors that some operation in `run` reads; what it raises is passed over."""
+    """The names of the tensors that some operation in `run` reads; an error ends it."""
     with torch.no_grad(), suppress(Exception), _Reads() as reads:
         run()
     return [name for name, t in tensors if id(t) in reads.ids]

@@ -89,17 +89,10 @@ def refuse_undeclared(layer: Any, inputs: tuple[Any, ...]) -> None:
 
     The layer must be new: what a forward keeps in attributes is none of its tensors.
     """
-    twin = clone(layer)
-    found = [
-        (path, inner, name, t)
-        for path, inner in named_layers(twin)
-        if isinstance(inner, Layer)
-        for attribute, value in vars(inner).items()
-        if attribute != "_records" and attribute not in inner._declared
-        for name, t in _inside(attribute, value)
-    ]
-    if not found:
+    if not _undeclared(layer):
         return
+    twin = clone(layer)
+    found = _undeclared(twin)
     with private_rng():
         read = read_in(lambda: twin.forward(*inputs), [(f"{path}.{name}", t) for path, _, name, t in found])
     for path, inner, name, t in found:
@@ -113,6 +106,18 @@ def refuse_undeclared(layer: Any, inputs: tuple[Any, ...]) -> None:
                 f"of the class: `{attribute}: Tensor = buffer({shape})` (or parameter, where it is trained; "
                 f"buffer(..., persistent=False) where state_dict() need not have it){alone}\n{CONTRACT}"
             )
+
+
+def _undeclared(layer: Any) -> list[tuple[str, Layer, str, Tensor]]:
+    """The tensors in attributes that a Layer does not declare: the layer's path, itself, the attribute, the tensor."""
+    return [
+        (path, inner, name, t)
+        for path, inner in named_layers(layer)
+        if isinstance(inner, Layer)
+        for attribute, value in vars(inner).items()
+        if attribute != "_records" and attribute not in inner._declared
+        for name, t in _inside(attribute, value)
+    ]
 
 
 def _inside(name: str, value: Any) -> Iterator[tuple[str, Tensor]]:
@@ -449,14 +454,16 @@ def same_numbers(layer: Any) -> AbstractContextManager[SameNumbers | None]:
 
 
 def draws(layer: Any, inputs: tuple[Any, ...]) -> bool:
-    """Whether forward draws random numbers, in training or in evaluation: a generator has moved on after it."""
-    twin = clone(layer)
-    sources = [torch.default_generator, *generators(twin)]
+    """Whether forward draws random numbers, in training or in evaluation: a generator has moved on after it.
+
+    The layer must be a copy: what its forward does to it stays.
+    """
+    sources = [torch.default_generator, *generators(layer)]
     for training in (True, False) if has_modes(layer) else (True,):
-        set_mode(twin, training)
+        set_mode(layer, training)
         with private_rng(), torch.no_grad(), suppress(CheckFailure):
             before = [source.get_state() for source in sources]
-            forward(twin, inputs)
+            forward(layer, inputs)
             if not all(map(torch.equal, before, [source.get_state() for source in sources])):
                 return True
     return False

@@ -90,7 +90,7 @@ def gradient_table(model: Any, loss: Any, x: Any, target: Any) -> GradientTable:
 
 OF_LOSS = " of the loss"
 Gradients = dict[str, "Tensor | None"]
-Uses = dict[str, list[dict[str, "Tensor | None"]]]
+Uses = dict[str, list[dict[str, Any]]]
 """For each layer by its path: the gradients of its inputs by name, in one dict per use, the last use first."""
 Declined = set[tuple[str, int]]
 """The uses, by path and number, of which nobody wants dx."""

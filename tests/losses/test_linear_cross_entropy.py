@@ -89,7 +89,14 @@ def test_errors_and_repr():
         loss(torch.zeros(2, 3), 3)
     with pytest.raises(ArgumentError, match="LinearCrossEntropy: chunk_size must be at least 1, got 0"):
         LinearCrossEntropy(3, 5, chunk_size=0)
-    assert repr(LinearCrossEntropy(3, 5)) == "LinearCrossEntropy(3 -> 5\n  (linear): Linear(3 -> 5, bias=False)\n)"
-    assert repr(LinearCrossEntropy(3, 5, bias=True, chunk_size=8)) == (
-        "LinearCrossEntropy(3 -> 5, bias=True, chunk_size=8\n  (linear): Linear(3 -> 5)\n)"
+    with pytest.raises(ArgumentError, match=r"LinearCrossEntropy: label_smoothing must be in 0\.\.1, got 2"):
+        LinearCrossEntropy(3, 5, label_smoothing=2)
+    for shape, came in (((4,), r"\(4,\)"), ((5, 1), r"\(5, 1\)")):
+        with pytest.raises(
+            ArgumentError, match=r"LinearCrossEntropy: weight must be \(.,\), one per class, got shape " + came
+        ):
+            LinearCrossEntropy(3, 5, weight=torch.ones(shape))
+    assert repr(LinearCrossEntropy(3, 5)) == "LinearCrossEntropy(3 -> 5)"
+    assert repr(LinearCrossEntropy(3, 5, bias=True, weight=torch.ones(5), label_smoothing=0.1, chunk_size=8)) == (
+        "LinearCrossEntropy(3 -> 5, bias=True, weight of shape (5,), label_smoothing=0.1, chunk_size=8)"
     )

@@ -135,8 +135,8 @@ faults(
 )  # fmt: skip
 faults(
     hg.CrossEntropy,
-    ("dout ignored: right for the plain loss.backward()", "self._dlosses(dout,",
-     "self._dlosses(dout if dout is not None and dout.dim() else None,"),
+    ("dout ignored: right for the plain loss.backward()", "self.row_dlosses(dout,",
+     "self.row_dlosses(dout if dout is not None and dout.dim() else None,"),
     ("label smoothing forgotten in backward", "s, C, column = self.label_smoothing,", "s, C, column = 0.0,"),
     ("divided by the classes, too", "return dx.mul_(", "return dx.div_(C).mul_("),
     ("sign turned round", "return dx.mul_(", "return dx.neg_().mul_("),
@@ -144,9 +144,15 @@ faults(
 )  # fmt: skip
 faults(
     hg.CrossEntropy,
-    ("the mean's 1/N forgotten", "self.dlosses(dout, logp, count)", "self.dlosses(dout, logp, 1)"),
-    ("ignored rows get the gradient of their class 0", "if used is not None:", "if False:"),
-    method="_dlosses",
+    ("the mean's 1/N forgotten", "self.dlosses(dout, x, count)", "self.dlosses(dout, x, 1)"),
+    ("ignored rows get the gradient of their class 0", "dlosses if used is None else", "dlosses if True else"),
+    method="row_dlosses",
+)
+faults(
+    hg.CrossEntropy,
+    ("probabilities averaged over the classes, too", "max(sum_q.numel(), 1)", "max(target.numel(), 1)"),
+    ("probabilities taken for a distribution", "exp(logp) * sum_q - q", "exp(logp) - q"),
+    method="_backward_of_probabilities",
 )
 
 
@@ -528,10 +534,10 @@ faults(
 faults(
     hg.LinearCrossEntropy,
     ("the last chunk's dweight only", "dweight.addmm_(dz.t(), xs[a:b])", "dweight = dz.t() @ xs[a:b]"),
-    ("the onehot forgotten", "dz.scatter_add_(1, y[a:b, None], -dlosses[a:b])", "pass"),
-    ("ignored rows not ignored", "dlosses if used is None else dlosses.where(used, 0)", "dlosses"),
-    ("divided by all rows", "count = max(len(y), 1) if used is None else", "count = max(len(y), 1) if True else"),
-    ("the bias forgotten in z", "linear(xs[a:b], weight, bias)", "linear(xs[a:b], weight)"),
+    ("the onehot forgotten", "dz.scatter_add_(1, y[a:b, None], at_y[a:b])", "pass"),
+    ("ignored rows not ignored", "x, y, used)", "x, y, None)"),
+    ("the sum of q taken for 1", "dlosses * sum_q", "dlosses"),
+    ("the bias forgotten in z", "linear(xs[a:b], W, bias)", "linear(xs[a:b], W)"),
     ("dbias averaged over the chunk", "dz.sum(0)", "dz.mean(0)"),
 )
 
