@@ -56,7 +56,5 @@ def train(steps: int = 400) -> tuple[float, float]:
 if __name__ == "__main__":
     torch.manual_seed(0)
     transferred, scratch = train()
-    print(
-        f"whether a held-out digit has a hole, learned from {EXAMPLES} examples: {transferred:.1f} % right on the base,"
-    )
-    print(f"{scratch:.1f} % from scratch")
+    print(f"whether a held-out digit has a hole, learned from {EXAMPLES} examples: ", end="")
+    print(f"{transferred:.1f} % right on the base, {scratch:.1f} % from scratch")
