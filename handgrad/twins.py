@@ -85,7 +85,9 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
         rows = x.movedim(-1, 1) if self.channels_last else x
         out: Tensor = super().forward(rows)  # the running statistics have n - 1 in any case
         if self.unbiased and (self.training or self.running_mean is None):
-            var, mean = torch.var_mean(rows, [d for d in range(rows.dim()) if d != 1], keepdim=True)
+            others = [d for d in range(rows.dim()) if d != 1]
+            mean, n = rows.mean(others, keepdim=True), rows.numel() // self.num_features
+            var = (rows - mean).square().sum(others, keepdim=True) / max(n - 1, 1)  # var() warns of an empty batch
             out = (rows - mean) / (var + self.eps).sqrt()
             if self.affine:
                 out = out * self.weight.view_as(mean[0]) + self.bias.view_as(mean[0])
@@ -479,7 +481,12 @@ _twin(
     lambda N, D, dtype: (rows(N, D, dtype) + rows(N, D, dtype),),
     arithmetic=False,
 )
-_twin("Constant", lambda lib, D: lib.Constant(lib.Linear(D, D)), arithmetic=False)
+_twin(
+    "Constant",
+    lambda lib, D: lib.Sequential(lib.Constant(lib.Embedding(D, D)), lib.Linear(D, D)),
+    lambda N, D, dtype: (torch.randint(D, (N,)),),
+    arithmetic=False,
+)
 
 
 def _pairs(N: int, D: int, dtype: torch.dtype) -> Inputs:
