@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 import digits
 from fitting import accuracy, fit, rows
@@ -33,7 +34,7 @@ def train(weight: float, steps: int = 1500) -> float:
     loss = Losses(CrossEntropy(), CrossEntropy(), weights=(1, weight))
     step = TrainStep(model, loss, torch.optim.AdamW(model.parameters(), lr=3e-3))
 
-    def draw():
+    def draw() -> tuple[Tensor, tuple[Tensor, Tensor]]:
         x, y = rows(64, *known)
         return x, (y, y)
 

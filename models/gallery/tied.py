@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,7 +23,7 @@ def build(V: int = VOCABULARY, T: int = CONTEXT, D: int = 32, H: int = 128) -> S
     return Sequential(table, Flatten(), Linear(T * D, H), Tanh(), Linear(H, D), head)
 
 
-def adaptable(model: Sequential) -> list[dict]:
+def adaptable(model: Sequential) -> list[dict[str, Any]]:
     """Groups for an optimizer: the frozen table in none, matrices with weight decay, biases faster and without."""
     model[0].freeze()  # and so the head's weight, which is the same tensor
     free = [p for p in model.parameters() if p is not model[0].weight]

@@ -12,7 +12,7 @@ from fitting import accuracy, fit, rows
 from handgrad import Constant, CrossEntropy, Layer, Linear, Sequential, TrainStep, from_torch
 
 EXAMPLES = 30
-HOLES = torch.tensor([1, 0, 0, 0, 0, 0, 1, 0, 1, 1])  # which digits have a closed loop; open fours are usual here
+HOLES = torch.tensor([1, 0, 0, 0, 0, 0, 1, 0, 1, 1])  # which digits have a closed loop; a four counts as open
 
 
 def make_base(C: int = 32, F: int = 32) -> nn.Module:

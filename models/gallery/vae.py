@@ -38,7 +38,7 @@ class Sample(Layer):
 
 
 class ELBO(Loss):
-    """What a code costs: the bits of the image under sigmoid(logits), and the divergence of z from a standard normal.
+    """What a code costs: the nats of the image under sigmoid(logits), and the divergence of z from a standard normal.
 
     Forward:   loss = 1/N sum (-y log s - (1 - y) log(1 - s)) + 1/N sum (mean^2 + exp(logvar) - 1 - logvar)/2
                with y = target, s = sigmoid(logits), over the N rows
@@ -50,9 +50,9 @@ class ELBO(Loss):
     def forward(self, x: tuple[Tensor, Tensor, Tensor], target: Tensor) -> Tensor:
         logits, mean, logvar = x
         self.check_like(logits, target)
-        bits = (1 - target) * logits - logsigmoid(logits)
+        nats = (1 - target) * logits - logsigmoid(logits)
         divergence = (mean**2 + logvar.exp() - 1 - logvar) / 2
-        loss = (bits.sum() + divergence.sum()) / len(target)
+        loss = (nats.sum() + divergence.sum()) / len(target)
         self.push(logits, mean, logvar, target, out=loss)
         return loss
 
