@@ -118,8 +118,18 @@ def test_a_tuple_is_several_inputs_and_a_list_several_minibatches():
         assert_same_state(step.model, one.model, exact=True)
     with pytest.raises(ShapeError, match=r"got 4 and 4 and 3 and 4 \(a tuple stands for several inputs, a list for K"):
         many.many(xs, (y[:3], label))
-    with pytest.raises(ShapeError, match=r"takes 2 inputs, x, t, got 3"):
+    with pytest.raises(ShapeError, match=r"takes 2 inputs, x, t, one by one or as a tuple, got 3"):
         one((x[0], t[0], t[0]), (y[0], label[0]))
+
+
+def test_a_wholly_frozen_model_is_refused():
+    model = make_model().freeze()
+    xs, targets = make_data()
+    with pytest.raises(
+        StateError, match=r"no parameter got a gradient, for all are frozen; unfreeze\(\) what is to be"
+    ):
+        make_step(model)(xs[0], targets[0])
+    assert model.pending == 0
 
 
 def test_a_loss_without_reduction_is_refused():

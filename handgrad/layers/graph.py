@@ -173,15 +173,20 @@ class Graph(Layer):
     hands_on = True
 
     def __init__(self, inputs: str, outputs: str, /, **nodes: tuple[Layer, str]) -> None:
+        if not isinstance(inputs, str) or not isinstance(outputs, str) or not inputs.strip() or not outputs.strip():
+            problem = f"inputs and outputs must be names with spaces between, got {inputs!r} and {outputs!r}"
+            raise ArgumentError(f"Graph: {problem}")
         self.inputs, self.outputs = tuple(inputs.split()), tuple(outputs.split())
+        for name in (*self.inputs, *nodes):
+            if not name.isidentifier():
+                raise ArgumentError(
+                    f"Graph: a name must be an identifier, names stand apart by spaces alone, got {name!r}"
+                )
         self.nodes = {name: self._node(name, node) for name, node in nodes.items()}
         names = [*self.inputs, *self.nodes]
         for name in names:
             if names.count(name) > 1:
                 raise ArgumentError(f"Graph: the name {name!r} is used twice, for inputs or nodes; each needs its own")
-        if not self.inputs or not self.outputs:
-            problem = f"inputs and outputs must be names with spaces between, got {inputs!r} and {outputs!r}"
-            raise ArgumentError(f"Graph: {problem}")
         self._slots = {name: slot for slot, name in enumerate(names)}
         self._returned = tuple(self._source("the result", text, len(names)) for text in self.outputs)
         self._steps = self._plan()
@@ -242,8 +247,9 @@ class Graph(Layer):
         if len(self.inputs) > 1 and len(inputs) == 1 and isinstance(inputs[0], tuple):
             inputs = inputs[0]
         if len(inputs) != len(self.inputs):
-            wanted = f"{len(self.inputs)} inputs, {', '.join(self.inputs)}"
-            raise self.error(ShapeError, "forward", f"takes {wanted}, got {len(inputs)}")
+            wanted = f"{len(self.inputs)} inputs, {', '.join(self.inputs)}, one by one or as a tuple"
+            came = f"a {type(inputs[0]).__name__}" if len(inputs) == 1 else f"{len(inputs)}"
+            raise self.error(ShapeError, "forward", f"takes {wanted}, got {came}")
         values: list[Any] = [*inputs, *[None] * len(self._steps)]
         counts: dict[int, int] = {}  # of the parts of values that are read by part
         for slot, step in enumerate(self._steps, start=len(inputs)):
@@ -292,6 +298,8 @@ class Graph(Layer):
         return ((name, layer) for name, (layer, _) in self.nodes.items())
 
     def __getitem__(self, name: str) -> Layer:
+        if name not in self.nodes:
+            raise ArgumentError(f"Graph: there is no node {name!r}; there are {', '.join(self.nodes)}")
         return self.nodes[name][0]
 
     def _head(self) -> str:

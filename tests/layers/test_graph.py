@@ -37,6 +37,14 @@ def of(**nodes):
 
 
 WRONG = [
+    (
+        lambda: Graph("a, b", "y", y=(Add(), "a b")),
+        "Graph: a name must be an identifier, names stand apart by spaces alone, got 'a,'",
+    ),
+    (
+        lambda: Graph(["a"], "y", y=(Tanh(), "a")),
+        "Graph: inputs and outputs must be names with spaces between, got ['a'] and 'y'",
+    ),
     (lambda: of(y=(Tanh(), "z")), "Graph: node 'y' reads 'z', which is neither an input nor a node; there are x, y"),
     (
         lambda: Graph("x", "y", y=(Tanh(), "h"), h=(Tanh(), "x")),
@@ -85,10 +93,14 @@ def test_a_graph_that_cannot_be_is_refused_by_the_name_of_the_node(make, message
 def test_what_cannot_be_read_is_refused_in_forward():
     with pytest.raises(ShapeError, match=r"^Graph\(x -> y\)\.forward: y reads x\.1, but x is a Tensor$"):
         of(y=(Tanh(), "x.1"))(torch.zeros(2))
+    with pytest.raises(ShapeError, match=r"takes 2 inputs, a, b, one by one or as a tuple, got a list"):
+        Graph("a b", "y", y=(Add(), "a b"))([torch.zeros(1)] * 2)
+    with pytest.raises(ArgumentError, match=r"Graph: there is no node 'z'; there are y"):
+        of(y=(Tanh(), "x"))["z"]
     graph = of(s=(GRU(2, 3, return_state=True), "x"), y=(Tanh(), "s.2"))
     with pytest.raises(ShapeError, match=r"y reads s\.2, but s is a tuple of 2"):
         graph(torch.zeros(4, 1, 2))
-    with pytest.raises(ShapeError, match=r"takes 2 inputs, a, b, got 3"):
+    with pytest.raises(ShapeError, match=r"takes 2 inputs, a, b, one by one or as a tuple, got 3"):
         Graph("a b", "y", y=(Add(), "a b"))(*[torch.zeros(1)] * 3)
     with pytest.raises(ShapeError, match=r"^in y \(Linear\(4 -> 5\)\): Linear\(4 -> 5\)\.forward: last dimension"):
         of(h=(Linear(2, 3), "x"), y=(Linear(4, 5), "h"))(torch.zeros(1, 2))
