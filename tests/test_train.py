@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+import handgrad as hg
 from handgrad import (
     MSE,
     SGD,
@@ -41,6 +43,31 @@ def make_model(seed: int = 0) -> Sequential:
     g = torch.Generator().manual_seed(seed)
     layers = Embedding(VOCABULARY, 3, generator=g), Flatten(), Linear(6, 8, generator=g), BatchNorm1d(8), Tanh()
     return Sequential(*layers, Linear(8, VOCABULARY, generator=g)).to(torch.float64)
+
+
+def make_images() -> Sequential:
+    layers = [hg.Conv2d(2, 4, 3, padding=1), hg.BatchNorm2d(4), hg.Upsample(scale_factor=2), hg.GroupNorm(2, 4)]
+    layers += [hg.ConvTranspose2d(4, 3, 4, 2, 1), hg.AdaptiveAvgPool2d(1), Flatten(), Linear(3, VOCABULARY)]
+    return Sequential(*layers)
+
+
+class Padded(Layer):
+    """Attention of x to itself, whose last step is padding; in the first row, all are."""
+
+    def __init__(self) -> None:
+        self.attention = hg.MultiheadAttention(4, 2, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        padded = torch.zeros(x.shape[:2], dtype=torch.bool)
+        padded[:, -1] = padded[0] = True
+        out = self.attention(x, x, x, key_padding_mask=padded)
+        self.push(out=out)
+        return out
+
+    def backward(self, dout: Tensor) -> Tensor:
+        self.pop(dout)
+        dquery, dkey, dvalue = self.attention.backward(dout)
+        return dquery + dkey + dvalue
 
 
 def make_data(steps: int = STEPS, batch: int = BATCH) -> tuple[Tensor, Tensor]:
@@ -294,6 +321,18 @@ class TestCompiled:
             step.many(xs, targets)
         assert model.pending == 0
         assert step(xs[0], targets[0]) > 0
+
+    @pytest.mark.parametrize("make", [make_images, lambda: Sequential(Padded(), Flatten(), Linear(16, VOCABULARY))])
+    def test_layers_of_images_and_masked_attention_with_soft_targets(self, make):
+        torch.manual_seed(0)
+        a = make().to(torch.float64)
+        b, x = copy.deepcopy(a), torch.randn(BATCH, 2, 2, 4, dtype=torch.float64)
+        x = x if make is make_images else x.flatten(1, 2)
+        target = torch.rand(BATCH, VOCABULARY, dtype=torch.float64)
+        eager, compiled = make_step(a), make_step(b).compile()
+        for _ in range(2):
+            torch.testing.assert_close(compiled(x, target), eager(x, target))
+        assert_same_state(b, a)
 
     def test_an_error_is_the_one_that_the_layers_raise(self):
         model = Linear(3, 2)

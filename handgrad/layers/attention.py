@@ -75,8 +75,10 @@ class Attention(Layer):
         `mask` is added to s, `nothing` says which queries may read nothing; both broadcast to (N heads, T, S).
         """
         xs, n = [self._by_batch(x) for x in inputs], len(inputs)
-        weights, biases = _cut(self.in_proj_weight, n), _cut(self.in_proj_bias, n)
-        q, k, v = [head for x, w, b in zip(xs, weights, biases) for head in self._split(linear(x, w, b), 3 // n)]
+        heads: list[Tensor] = []
+        for x, W, b in zip(xs, _cut(self.in_proj_weight, n), _cut(self.in_proj_bias, n)):
+            heads += self._split(linear(x, W, b), 3 // n)
+        q, k, v = heads
         q = q / math.sqrt(q.shape[-1])
         s = q.bmm(k.mT)
         if mask is not None:
@@ -84,7 +86,7 @@ class Attention(Layer):
         p = torch.softmax(s, -1)
         if nothing is not None:
             p.masked_fill_(nothing, 0)
-        a = p * drawn_mask(p, self.dropout, self.generator) if self.training and self.dropout > 0 else p
+        a = p * drawn_mask(p, self.dropout, self.generator) if self.dropout > 0 and self.training else p
         y = self._merge(a.bmm(v)).view_as(xs[0])
         out: Tensor = self._by_batch(self.out_proj.forward_at("out_proj", y))
         self.push(q, k, v, p, a, self.in_proj_weight, *xs, out=out)
@@ -103,15 +105,17 @@ class Attention(Layer):
         dq = ds.bmm(k) / math.sqrt(q.shape[-1])
         dk = ds.mT.bmm(q)
         # q = query @ W_q.T + b_q, and k and v likewise, or all three of one x
-        each = 3 // len(xs)
-        dprojections = [self._merge(*(dq, dk, dv)[i : i + each]) for i in range(0, 3, each)]
-        self.add_grad(in_proj_weight, _joined([d.t() @ rows(x) for d, x in zip(dprojections, xs)]))
-        if self.in_proj_bias is not None:
-            self.add_grad(self.in_proj_bias, _joined([d.sum(0) for d in dprojections]))
+        dweights, dbiases = [], []
         dxs: list[Tensor | None] = []
-        for d, w, x in zip(dprojections, _cut(in_proj_weight, len(xs)), xs):
-            dxs.append(self._by_batch((d @ w).view_as(x)) if need_dx or dxs else None)
-        return tuple(dxs) if len(dxs) > 1 else dxs[0]
+        parts = [(dq, dk, dv)] if len(xs) == 1 else [(dq,), (dk,), (dv,)]
+        for x, dqkv, W in zip(xs, parts, _cut(in_proj_weight, len(xs))):
+            d = self._merge(*dqkv)  # (N T, D), or (N T, 3 D)
+            dweights.append(d.t() @ rows(x))
+            dbiases.append(d.sum(0))
+            dxs.append(self._by_batch((d @ W).view_as(x)) if need_dx or dxs else None)
+        self.add_grad(in_proj_weight, _joined(dweights))
+        self.add_grad(self.in_proj_bias, _joined(dbiases))
+        return tuple(dxs) if len(xs) > 1 else dxs[0]
 
     def _by_batch(self, x: Tensor) -> Tensor:
         """(N, T, D) from the layer's layout, or back again: its own inverse."""
@@ -128,7 +132,7 @@ class Attention(Layer):
         heads, T, d = parts[0].shape
         N = heads // self.num_heads
         by_step = [p.view(N, self.num_heads, T, d).transpose(1, 2) for p in parts]  # (N, T, heads, d)
-        return torch.stack(by_step, 2).reshape(N * T, len(parts) * self.embed_dim)
+        return _joined(by_step, 2).reshape(N * T, len(parts) * self.embed_dim)
 
 
 class MultiheadAttention(Attention):
@@ -276,6 +280,6 @@ def _cut(rows: Any, n: int) -> Sequence[Any]:
     return [rows] * n if n == 1 or rows is None else rows.chunk(n)
 
 
-def _joined(parts: list[Tensor]) -> Tensor:
-    """Undo `_cut`."""
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+def _joined(parts: list[Tensor], dim: int = 0) -> Tensor:
+    """All parts, one behind the other."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)

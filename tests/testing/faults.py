@@ -369,7 +369,7 @@ faults(
     ("the scale forgotten in dq", " / math.sqrt(q.shape[-1])", ""),
     ("the scale twice in dk", "ds.mT.bmm(q)", "ds.mT.bmm(q) / math.sqrt(q.shape[-1])"),
     ("p not transposed in dv", "a.mT.bmm(dy)", "a.bmm(dy)"),
-    ("q and k exchanged", "*(dq, dk, dv)[i", "*(dk, dq, dv)[i"),
+    ("q and k exchanged", "(dq, dk, dv)", "(dk, dq, dv)"),
     (
         "the output projection skipped",
         'self.out_proj.backward_at("out_proj", self._by_batch(dout))',
@@ -562,7 +562,7 @@ faults(
     ("the sum over the queries", "ds.sum(-1, keepdim=True)", "ds.sum(-2, keepdim=True)"),
     ("softmax's slope at what dropout left", "torch.addcmul(ds, p,", "torch.addcmul(ds, a,"),
     ("dv through all probabilities: right without dropout", "a.mT.bmm(dy)", "p.mT.bmm(dy)"),
-    ("dkey and dvalue exchanged", "*(dq, dk, dv)[i", "*(dq, dv, dk)[i"),
+    ("dkey and dvalue exchanged", "(dk,), (dv,)", "(dv,), (dk,)"),
     ("the scale forgotten in dq", " / math.sqrt(q.shape[-1])", ""),
     ("dquery left out, and not asked for", "if need_dx or dxs else None", "if dxs else None"),
 )
