@@ -210,7 +210,8 @@ case(
     options={"heads": [1, 2, 12], "bias": BOTH, "causal": BOTH},
 )
 
-ATTENTION: dict[str, Any] = {"sizes": {"N": (1, 2), "D": (1, 6), "T": (1, 3)}}
+FAR = {"special": "of keys and values of 800 the gradients cancel to rounding alone; SelfAttention's case has it"}
+ATTENTION: dict[str, Any] = {"sizes": {"N": (1, 2), "D": (1, 6), "T": (1, 3)}, "skip": FAR}
 HEADS = {"heads": [1, 2, 12], "bias": BOTH}
 case(
     "MultiheadAttention",
@@ -232,6 +233,7 @@ case(
     lambda lib, D, heads, first: lib.MultiheadAttention(D, math.gcd(D, heads), batch_first=first),
     sizes={"D": (1, 6)},
     options={"heads": [1, 2, 12], "first": BOTH},
+    skip=FAR,
 )
 MASKS = {
     "key_padding_mask": lambda N, H, T, S: (N, S) if N else (S,),
@@ -303,6 +305,7 @@ for words, inputs, first in (
         covers=hg.MultiheadAttention,
         options={"heads": [2, 1], "kinds": ONE_MASK + TWO_MASKS},
         sizes={"D": (1, 6), "T": (1, 3)},
+        skip=FAR,
     )
 
 
