@@ -241,7 +241,8 @@ class Layer:
         """
         if not is_grad_enabled():
             return
-        refuse_tracked(self, out)
+        if not isinstance(out, Tensor) or not out.is_leaf:  # or autograd would be at work
+            refuse_tracked(self, out)
         records = self._records
         if records:
             self._refuse_stale(records[0])
@@ -282,7 +283,7 @@ class Layer:
 
     def add_grad(self, param: Tensor | None, grad: Tensor) -> None:
         """Add `grad`, which must have param's shape and dtype and share memory with nothing, to `param.grad`."""
-        if param is None or is_frozen(param):
+        if param is None or getattr(param, "frozen", False):
             return
         if grad.shape != param.shape or grad.dtype is not param.dtype:
             raise self.error(

@@ -112,7 +112,7 @@ class TrainStep:
         for param in self.params:
             param.grad = None
         self.model.backward_at(None, self.loss.backward(), need_dx=False)
-        if self.params and all(p.grad is None for p in self.params):
+        if self.params and self.params[0].grad is None and all(p.grad is None for p in self.params):
             problem = "no parameter got a gradient, for all are frozen; unfreeze() what is to be trained"
             raise StateError(f"TrainStep: {problem}")
         return out
