@@ -26,7 +26,7 @@ def blockwise(formula: Callable[..., R], *tensors: Tensor) -> R:
     """``formula(*tensors)``, of large tensors computed piece by piece along dimension 0.
 
     The tensors are as long as each other; the formula gets the same rows of each. It returns rows of its own, one for
-    each of theirs, or a tuple of rows and of sums over its rows: the rows are joined, the sums added up.
+    each of theirs, or a tuple of rows (or None) and of sums over its rows: the rows are joined, the sums added up.
 
     In a compiled graph tensors stay whole: there, torch makes one pass of many by itself.
 
@@ -46,9 +46,9 @@ def blockwise(formula: Callable[..., R], *tensors: Tensor) -> R:
     for i, piece in enumerate(zip(*[torch.split(t, step) for t in tensors])):
         result: Any = formula(*piece)
         rows, *parts = result if isinstance(result, tuple) else (result,)
-        if joined is None:
-            joined = rows.new_empty(length, *rows.shape[1:])
-        joined[i * step : i * step + len(rows)] = rows  # while the cache still holds them
+        if rows is not None:
+            joined = rows.new_empty(length, *rows.shape[1:]) if joined is None else joined
+            joined[i * step : i * step + len(rows)] = rows  # while the cache still holds them
         sums.append(parts)
     totals = [torch.stack(parts).sum(0) for parts in zip(*sums)]
     return cast(R, (joined, *totals) if totals else joined)

@@ -42,6 +42,13 @@ def test_rows_may_have_another_width_and_dtype(small_pieces):
     assert torch.equal(out, x.sum(1, keepdim=True).to(torch.float64))
 
 
+def test_sums_may_come_without_rows(small_pieces):
+    x = torch.randn(8, 3, dtype=torch.float64)
+    rows, sums = blockwise(lambda piece: (None, piece.sum(0)), x)
+    assert rows is None
+    torch.testing.assert_close(sums, x.sum(0))
+
+
 def test_a_small_tensor_comes_whole():
     x = torch.randn(8, 3)
     assert blockwise(lambda rows: rows, x) is x

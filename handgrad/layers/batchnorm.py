@@ -108,12 +108,12 @@ class BatchNorm(Layer):
         def column(per_channel: Tensor) -> Tensor:
             return per_channel.view(-1, *[1] * behind) if behind else per_channel
 
-        def sums(dout: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        def sums(dout: Tensor, x: Tensor) -> tuple[None, Tensor, Tensor]:
             diff = x - column(mean)
-            return diff, dout.sum(others), (dout * diff).sum(others)
+            return None, dout.sum(others), (dout * diff).sum(others)
 
         # out = diff scale + bias,  scale = rstd weight
-        diff, dbias, dscale = blockwise(sums, dout, x)
+        _, dbias, dscale = blockwise(sums, dout, x)
         dweight = rstd * dscale
         self.add_grad(weight, dweight)
         self.add_grad(self.bias, dbias)
@@ -124,12 +124,13 @@ class BatchNorm(Layer):
             return dout * scale
         n = max(x.numel() // self.num_features, 1)
 
-        def formula(dout: Tensor, diff: Tensor) -> Tensor:
+        def formula(dout: Tensor, x: Tensor) -> Tensor:
             # diff = x - mean,  rstd = 1/sqrt(sum diff^2 / m + eps)
+            diff = x - column(mean)
             dmean_dvar = torch.addcmul(column(dbias), diff, column(rstd * dweight), value=n / max(m, 1))
             return torch.sub(dout, dmean_dvar, alpha=1 / n).mul_(scale)  # both without their factor -scale/n
 
-        dx: Tensor = blockwise(formula, dout, diff)
+        dx: Tensor = blockwise(formula, dout, x)
         return dx
 
     def _normalize(self, x: Tensor, k: float) -> tuple[Tensor, Tensor, Tensor]:
