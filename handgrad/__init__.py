@@ -16,10 +16,11 @@ from handgrad.layers.activation import GELU, LeakyReLU, LogSoftmax, ReLU, Sigmoi
 from handgrad.layers.attention import MultiheadAttention, SelfAttention
 from handgrad.layers.batchnorm import BatchNorm1d, BatchNorm2d
 from handgrad.layers.cells import GRUCell, LSTMCell, RNNCell
-from handgrad.layers.containers import Concat, Identity, Parallel, Product, Residual, Sequential, Sum
+from handgrad.layers.containers import Concat, Constant, Identity, Parallel, Product, Residual, Sequential, Sum
 from handgrad.layers.conv import Conv1d, Conv2d, ConvTranspose2d
 from handgrad.layers.dropout import Dropout
 from handgrad.layers.flatten import Flatten, FlattenConsecutive
+from handgrad.layers.graph import Add, Cat, Graph, Multiply
 from handgrad.layers.linear import Linear
 from handgrad.layers.normalization import GroupNorm, LayerNorm, RMSNorm
 from handgrad.layers.pooling import AdaptiveAvgPool2d, AvgPool2d, MaxPool2d
@@ -31,6 +32,7 @@ from handgrad.losses.cross_entropy import CrossEntropy
 from handgrad.losses.linear_cross_entropy import LinearCrossEntropy
 from handgrad.losses.loss import Loss
 from handgrad.losses.mse import MSE
+from handgrad.losses.several import Losses
 from handgrad.memory import keep_freed_memory
 from handgrad.optim import SGD
 from handgrad.train import TrainStep
@@ -45,13 +47,16 @@ __all__ = [
     "RNN",
     "SGD",
     "AdaptiveAvgPool2d",
+    "Add",
     "ArgumentError",
     "AvgPool2d",
     "BCEWithLogits",
     "BatchNorm1d",
     "BatchNorm2d",
+    "Cat",
     "CompileError",
     "Concat",
+    "Constant",
     "Conv1d",
     "Conv2d",
     "ConvTranspose2d",
@@ -62,6 +67,7 @@ __all__ = [
     "Flatten",
     "FlattenConsecutive",
     "GRUCell",
+    "Graph",
     "GroupNorm",
     "HandgradError",
     "Identity",
@@ -74,8 +80,10 @@ __all__ = [
     "LinearCrossEntropy",
     "LogSoftmax",
     "Loss",
+    "Losses",
     "MaxPool2d",
     "MultiheadAttention",
+    "Multiply",
     "Parallel",
     "Product",
     "RMSNorm",

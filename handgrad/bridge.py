@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from handgrad.errors import ArgumentError, DtypeError, HandgradError, StateError
-from handgrad.layer import Layer, Record, arity, buffer, parameter
+from handgrad.layer import Layer, Record, arity, buffer, is_frozen, parameter
 from handgrad.losses.loss import Loss
 
 
@@ -75,24 +75,26 @@ class LayerModule(nn.Module):
         self._layer = layer
         self._layers = [inner for _, inner in layer.named_layers()]
         self._places: list[tuple[Layer, str, nn.Module]] = []  # layer.name and module.name are one tensor
+        self._frozen: set[int] = set()  # which of them autograd was told are frozen
         self.training = layer.training
         params: dict[int, nn.Parameter] = {}
         for path, inner in layer._walk():
-            for name, (kind, _) in inner._declared.items():
+            for name, declaration in inner._declared.items():
                 tensor = getattr(inner, name)
                 if tensor is None:
                     continue
                 holder = self._holder(path)
                 self._places.append((inner, name, holder))
-                if kind == "parameter":
+                if declaration.kind == "parameter":
                     param = params.setdefault(id(tensor), nn.Parameter(tensor, tensor.is_floating_point()))
                     holder.register_parameter(name, param)
                 else:
-                    holder.register_buffer(name, tensor)
+                    holder.register_buffer(name, tensor, declaration.persistent)
         self.register_load_state_dict_post_hook(LayerModule._follow)  # type: ignore[no-untyped-call]
 
     def forward(self, *inputs: Any) -> Any:
         """Run the layer's forward; autograd will run its backward."""
+        self._follow_freezing()
         tensors = [getattr(holder, name) for _, name, holder in self._places]
         if not torch.is_grad_enabled():
             with self._bound(tensors):
@@ -129,6 +131,14 @@ class LayerModule(nn.Module):
             if own is not new:
                 own.data = new.data
             setattr(holder, name, new if isinstance(new, nn.Parameter) else own)
+
+    def _follow_freezing(self) -> None:
+        """A parameter that the layer has frozen, or unfrozen, since the last forward is so for autograd, too."""
+        for i, (layer, name, holder) in enumerate(self._places):
+            frozen = is_frozen(getattr(layer, name))
+            if frozen != (i in self._frozen):
+                getattr(holder, name).requires_grad_(not frozen)
+                self._frozen ^= {i}
 
     def _holder(self, path: str) -> nn.Module:
         """The submodule at the path, made where there is none yet."""
@@ -277,7 +287,7 @@ class ModuleLayer(_Holder):
         if not torch.is_grad_enabled():
             return self._call(tensors, inputs)
         params = list(self.parameters())
-        leaves = {id(t): _leaf(t) for t in params}
+        leaves = {id(t): t if is_frozen(t) else _leaf(t) for t in params}
         flat = [_leaf(t) for t in _flat(inputs)]
         graph_inputs = _unflat(inputs, iter(flat))
         out = self._call({name: leaves.get(id(t), t) for name, t in tensors.items()}, graph_inputs)

@@ -20,6 +20,8 @@ from torch import Tensor, is_grad_enabled
 from torch.compiler import is_compiling
 
 from handgrad.errors import DtypeError, HandgradError, ShapeError, StateDictError, StateError
+from handgrad.summary import Summary, summarize
+from handgrad.tracked import refuse_tracked
 
 L = TypeVar("L", bound="Layer")
 MANY = float("inf")  # inputs: as many as a forward of *inputs is given
@@ -30,6 +32,7 @@ class _Declaration(NamedTuple):
 
     kind: str
     shape: tuple[str, ...]
+    persistent: bool = True  # whether state_dict() has it
 
 
 def parameter(*shape: str) -> Any:
@@ -49,13 +52,16 @@ def parameter(*shape: str) -> Any:
     return _Declaration("parameter", shape)
 
 
-def buffer(*shape: str) -> Any:
-    """Declare a tensor that belongs to the layer's state but is not trained, such as a running mean."""
-    return _Declaration("buffer", shape)
+def buffer(*shape: str, persistent: bool = True) -> Any:
+    """Declare a tensor that belongs to the layer but is not trained, such as a running mean.
+
+    A buffer that is not persistent moves with `to()`, but `state_dict()` leaves it out: the constructor makes it anew.
+    """
+    return _Declaration("buffer", shape, persistent)
 
 
-Spec: TypeAlias = tuple[torch.Size, torch.dtype] | list[Any]
-"""What dout must be like: shape and dtype, or a list of specs where it is a tuple."""
+Spec: TypeAlias = tuple[torch.Size, torch.dtype, torch.device] | list[Any]
+"""What dout must be like: shape, dtype and device, or a list of specs where it is a tuple."""
 
 Record: TypeAlias = tuple[tuple[Any, ...], list[tuple[Tensor, int]], Spec]
 """What one forward left for its backward: what it saved, the tensors among it, each with how often it had been changed
@@ -115,6 +121,8 @@ class Layer:
     shown: ClassVar[tuple[str, ...]] = ()  # the arguments that repr shows without their names: "3 -> 4"
     _declared: ClassVar[dict[str, _Declaration]] = {}
     takes_apart: ClassVar[bool] = True  # False where forward(a, b) and forward((a, b)) are the same
+    hands_on: ClassVar[bool] = False  # whether a dout of None goes on to layers inside as it came
+    stops_dout: ClassVar[bool] = False  # whether nothing goes back through it, so that nobody need make its dout
     _arity: tuple[int, float] = (1, 1)
     _records: list[Record]
 
@@ -176,9 +184,12 @@ class Layer:
         """Call backward as the layer around this one does: the counterpart of `forward_at`.
 
         With need_dx=False nobody wants dx: a backward that takes the keyword is told, and what any other one returns
-        is of no use.
+        is of no use. A dout of None, also inside a tuple, is that of an output that nobody used: the backward gets
+        zeros for it, or None where the output is no floating one.
         """
         try:
+            if (dout is None or isinstance(dout, tuple)) and self._records and not self.hands_on:
+                dout = with_zeros(dout, self._records[-1][2])
             if need_dx or not self.takes_need_dx:
                 return self.backward(dout)
             return self.backward(dout, need_dx=False)
@@ -230,6 +241,8 @@ class Layer:
         """
         if not is_grad_enabled():
             return
+        if not isinstance(out, Tensor) or not out.is_leaf:  # or autograd would be at work
+            refuse_tracked(self, out)
         records = self._records
         if records:
             self._refuse_stale(records[0])
@@ -241,7 +254,7 @@ class Layer:
                         versions.append((t, t._version))
             except RuntimeError:  # nor has a tensor made under torch.inference_mode()
                 versions = [(t, t._version) for t in saved if isinstance(t, Tensor) and not t.is_inference()]
-        spec = (out.shape, out.dtype) if isinstance(out, Tensor) else _spec(out)
+        spec = (out.shape, out.dtype, out.device) if isinstance(out, Tensor) else spec_of(out)
         records.append((saved, versions, spec))
 
     def pop(self, dout: Any) -> tuple[Any, ...]:
@@ -258,7 +271,7 @@ class Layer:
                 "and backward once for each forward",
             )
         saved, versions, spec = self._records[-1]
-        if not isinstance(dout, Tensor) or (dout.shape, dout.dtype) != spec:
+        if not isinstance(dout, Tensor) or dout.shape != spec[0] or dout.dtype is not spec[1]:
             self._check_dout(dout, spec)
         for tensor, version in versions:
             if tensor._version != version:
@@ -270,7 +283,7 @@ class Layer:
 
     def add_grad(self, param: Tensor | None, grad: Tensor) -> None:
         """Add `grad`, which must have param's shape and dtype and share memory with nothing, to `param.grad`."""
-        if param is None:
+        if param is None or getattr(param, "frozen", False):
             return
         if grad.shape != param.shape or grad.dtype is not param.dtype:
             raise self.error(
@@ -297,6 +310,8 @@ class Layer:
             layer._records.clear()
 
     def _check_dout(self, dout: Any, spec: Spec) -> None:
+        if dout is None and (self.hands_on or not _is_floating(spec)):
+            return  # nobody used this output, or it has no gradient
         if isinstance(spec, list):
             if not isinstance(dout, tuple) or len(dout) != len(spec):
                 came = f"a tuple of {len(dout)}" if isinstance(dout, tuple) else type(dout).__name__
@@ -306,7 +321,7 @@ class Layer:
             for d, s in zip(dout, spec):
                 self._check_dout(d, s)
             return
-        shape, dtype = spec
+        shape, dtype, _ = spec
         if not isinstance(dout, Tensor):
             raise self.error(DtypeError, "backward", f"dout must be a torch.Tensor, got {type(dout).__name__}")
         if dout.shape != shape:
@@ -335,12 +350,10 @@ class Layer:
     # ------------------------------------------------------------------ the tree of layers and its tensors
 
     def named_children(self) -> Iterator[tuple[str, Layer]]:
-        """The layers held directly in attributes, or in lists and tuples that are attributes, with their names."""
+        """The layers held in attributes, or in dicts, lists and tuples there, nested or not, with their names."""
         for name, value in vars(self).items():
-            if isinstance(value, Layer):
-                yield name, value
-            elif isinstance(value, (list, tuple)):
-                yield from ((f"{name}.{i}", item) for i, item in enumerate(value) if isinstance(item, Layer))
+            if name != "_records":
+                yield from _layers_in(name, value)
 
     def named_layers(self, prefix: str = "") -> Iterator[tuple[str, Layer]]:
         """Yield this layer and every layer inside, each object once, with its path ("" for this one)."""
@@ -358,11 +371,15 @@ class Layer:
     def _tensors(self, kind: str) -> Iterator[tuple[str, Tensor]]:
         """Every declared tensor of the kind ("" for all), under each of its names: a shared one comes several times."""
         for path, layer in self._walk():
-            for wanted in ("parameter", "buffer"):
-                for name, declaration in layer._declared.items():
-                    tensor = getattr(layer, name)
-                    if declaration.kind == wanted and kind in ("", wanted) and tensor is not None:
-                        yield (f"{path}.{name}" if path else name), tensor
+            for wanted in ("parameter", "buffer") if kind == "" else (kind,):
+                for name, tensor in layer._own(wanted):
+                    yield (f"{path}.{name}" if path else name), tensor
+
+    def _own(self, kind: str) -> Iterator[tuple[str, Tensor]]:
+        """The tensors of the kind that this layer itself has, by name."""
+        for name, declaration in self._declared.items():
+            if declaration.kind == kind and (tensor := getattr(self, name)) is not None:
+                yield name, tensor
 
     def named_parameters(self) -> Iterator[tuple[str, Tensor]]:
         """Every parameter with its path. A tensor shared by several layers is one parameter, under its first name."""
@@ -375,6 +392,31 @@ class Layer:
     def named_buffers(self) -> Iterator[tuple[str, Tensor]]:
         """Every buffer with its path, each tensor once."""
         return _distinct(self._tensors("buffer"))
+
+    def freeze(self: L) -> L:
+        """Give the parameters of this layer and of those inside no gradient any more, until `unfreeze()`.
+
+        It marks the tensors: a parameter that another layer shares is frozen there, too. Their `.grad` is cleared, so
+        optimizers pass them over; `parameters()` still lists them. Recording, dx and modes stay as they are (a batch
+        norm in training still updates its running statistics). What nothing below needs is better kept out by
+        `Constant(body)`. (That a parameter does not require grad freezes nothing: none does.)
+
+        >>> from handgrad import Linear
+        >>> layer = Linear(3, 4).freeze()
+        >>> out, dx = layer(torch.ones(2, 3)), layer.backward(torch.ones(2, 4))
+        >>> layer, dx.shape, layer.weight.grad
+        (Linear(3 -> 4, frozen), torch.Size([2, 3]), None)
+        """
+        for param in self.parameters():
+            param.frozen, param.grad = True, None  # type: ignore[attr-defined]
+        return self
+
+    def unfreeze(self: L) -> L:
+        """Undo `freeze()`: the parameters get gradients again."""
+        for param in self.parameters():
+            if hasattr(param, "frozen"):
+                del param.frozen
+        return self
 
     def zero_grad(self) -> None:
         """Set every parameter's gradient to None."""
@@ -413,7 +455,13 @@ class Layer:
 
     def state_dict(self) -> dict[str, Tensor]:
         """Every parameter and buffer under its path; keys, shapes and layouts are those of the equal torch.nn model."""
-        return dict(self._tensors(""))
+        return {
+            f"{path}.{name}" if path else name: tensor
+            for path, layer in self._walk()
+            for kind in ("parameter", "buffer")
+            for name, tensor in layer._own(kind)
+            if layer._declared[name].persistent
+        }
 
     def load_state_dict(self, state: Mapping[str, Tensor], strict: bool = True) -> LoadResult:
         """Copy `state` into this model's own tensors.
@@ -441,6 +489,22 @@ class Layer:
                     tensor.copy_(state[key])
         return LoadResult(missing, unexpected)
 
+    def summary(self, *inputs: Any) -> Summary:
+        """One row per layer: the shape of its output for these inputs, its parameters, and the bytes it records.
+
+        Runs a forward on a copy. Frozen parameters are said.
+
+        >>> from handgrad import Linear, Sequential, Tanh
+        >>> print(Sequential(Linear(3, 8).freeze(), Tanh(), Linear(8, 2)).summary(torch.ones(5, 3)))
+               layer                   output      parameters   recorded
+               Sequential()            (5, 2)
+        0      Linear(3 -> 8, frozen)  (5, 8)       32 frozen   60 bytes
+        1      Tanh()                  (5, 8)                  160 bytes
+        2      Linear(8 -> 2)          (5, 2)              18
+        total                                  50 (32 frozen)  220 bytes
+        """
+        return summarize(self, inputs)
+
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles carry the layer, not the forwards that wait for their backward."""
         return {name: value for name, value in vars(self).items() if name != "_records"}
@@ -463,6 +527,9 @@ class Layer:
                 parts.append(f"{name} of shape {tuple(value.shape)}")
             elif name not in self.shown and isinstance(value, _SHOWN) and not _is(value, argument.default):
                 parts.append(f"{name}={value!r}")
+        params = [vars(self).get(name) for name, declared in self._declared.items() if declared.kind == "parameter"]
+        if any(p is not None for p in params) and all(p is None or is_frozen(p) for p in params):
+            parts.append("frozen")
         return ", ".join(parts)
 
     def _head(self) -> str:
@@ -486,6 +553,11 @@ def _is(value: Any, default: Any) -> bool:
     return bool(value == default) or (isinstance(value, tuple) and value == (default,) * len(value))
 
 
+def is_frozen(param: Tensor) -> bool:
+    """Whether `freeze()` has marked the parameter."""
+    return getattr(param, "frozen", False)
+
+
 def arity(forward: Callable[..., Any], given: int = 0) -> tuple[int, float]:
     """How many inputs a forward takes, at least and at the most, beside the first `given` ones (self)."""
     parameters = list(inspect.signature(forward).parameters.values())
@@ -495,8 +567,31 @@ def arity(forward: Callable[..., Any], given: int = 0) -> tuple[int, float]:
     return len([p for p in positional if p.default is p.empty]), len(positional)
 
 
-def _spec(out: Any) -> Spec:
-    return (out.shape, out.dtype) if isinstance(out, Tensor) else [_spec(o) for o in out]
+def _layers_in(name: str, value: Any) -> Iterator[tuple[str, Layer]]:
+    if isinstance(value, Layer):
+        yield name, value
+    elif isinstance(value, (dict, list, tuple)):
+        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from _layers_in(f"{name}.{key}", item)
+
+
+def spec_of(out: Any) -> Spec:
+    """What the gradient of a tensor, or of a tuple of them, must be like."""
+    return (out.shape, out.dtype, out.device) if isinstance(out, Tensor) else [spec_of(o) for o in out]
+
+
+def _is_floating(spec: Spec) -> bool:
+    """Whether a gradient belongs to it, or to one of its parts."""
+    return any(map(_is_floating, spec)) if isinstance(spec, list) else spec[1].is_floating_point
+
+
+def with_zeros(dout: Any, spec: Spec) -> Any:
+    """The dout with zeros in the place of every None that a gradient belongs to; a wrong one as it is."""
+    if isinstance(spec, list):
+        parts = [None] * len(spec) if dout is None else dout
+        return tuple([with_zeros(d, s) for d, s in zip(parts, spec)]) if len(parts) == len(spec) else dout
+    shape, dtype, device = spec
+    return torch.zeros(shape, dtype=dtype, device=device) if dout is None and dtype.is_floating_point else dout
 
 
 def _distinct(tensors: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:

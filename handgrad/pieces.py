@@ -59,4 +59,4 @@ def exp(x: Tensor) -> Tensor:
 
     The product with LOG2_E is rounded, so that a relative error of eps becomes one of (1 + |x|) eps.
     """
-    return torch.exp(x) if x.numel() < FEW or is_compiling() else torch.exp2(x * LOG2_E)
+    return torch.exp(x) if x.numel() < FEW or is_compiling() else (x * LOG2_E).exp2_()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, TypeGuard
 
 import torch
@@ -78,12 +78,14 @@ class TrainStep:
             self.optimizer.step()
         return out
 
-    def many(self, xs: Tensor | Sequence[Any], targets: Tensor | Sequence[Any]) -> Tensor:
+    def many(self, xs: Any, targets: Any) -> Tensor:
         """Do a step for each pair of the K minibatches xs[k], targets[k], in order; returns the K losses.
 
-        The two are tensors with a leading dimension K, or sequences of length K.
+        Each of the two is a tensor with a leading dimension K, or a list of K minibatches. A tuple stands for several
+        inputs, or several targets, each of them one of these.
         """
-        return torch.stack([self(xs[k], targets[k]) for k in range(_length(xs, targets))])
+        steps = _length(xs, targets)
+        return torch.stack([self(_minibatches(xs, k), _minibatches(targets, k)) for k in range(steps)])
 
     def compile(self, chunk: int = 8) -> TrainStep:
         """Return the same step, on the same model and optimizer, as one compiled graph without breaks.
@@ -110,6 +112,9 @@ class TrainStep:
         for param in self.params:
             param.grad = None
         self.model.backward_at(None, self.loss.backward(), need_dx=False)
+        if self.params and self.params[0].grad is None and all(p.grad is None for p in self.params):
+            problem = "no parameter got a gradient, for all are frozen; unfreeze() what is to be trained"
+            raise StateError(f"TrainStep: {problem}")
         return out
 
     def _refuse_leftovers(self) -> None:
@@ -146,7 +151,7 @@ class CompiledTrainStep(TrainStep):
         self._after(groups)
         return loss
 
-    def many(self, xs: Tensor | Sequence[Any], targets: Tensor | Sequence[Any]) -> Tensor:
+    def many(self, xs: Any, targets: Any) -> Tensor:
         """Do as TrainStep.many does, `chunk` steps in a graph."""
         steps, done, losses = _length(xs, targets), 0, []
         while done < steps:
@@ -154,11 +159,12 @@ class CompiledTrainStep(TrainStep):
             end = done + self.chunk
             if groups and end <= steps:
                 self._refuse_leftovers()
-                losses.append(self._run(self._many, xs[done:end], targets[done:end], groups))
+                x, target = (_minibatches(many, slice(done, end)) for many in (xs, targets))
+                losses.append(self._run(self._many, x, target, groups))
                 self._after(groups)
             else:
                 end = done + 1
-                losses.append(self(xs[done], targets[done]).unsqueeze(0))
+                losses.append(self(_minibatches(xs, done), _minibatches(targets, done)).unsqueeze(0))
             done = end
         return losses[0] if len(losses) == 1 else torch.cat(losses)
 
@@ -172,7 +178,8 @@ class CompiledTrainStep(TrainStep):
         return out
 
     def _graph_many(self, xs: Any, targets: Any, groups: list[Group]) -> Tensor:
-        return torch.stack([self._graph(xs[k], targets[k], groups) for k in range(self.chunk)])
+        pairs = [(_minibatches(xs, k), _minibatches(targets, k)) for k in range(self.chunk)]
+        return torch.stack([self._graph(x, target, groups) for x, target in pairs])
 
     def _groups(self) -> list[Group] | None:
         """What the update in the graph needs; [] where the optimizer does its own, None for one step outside."""
@@ -209,11 +216,11 @@ class CompiledTrainStep(TrainStep):
             model, loss = copy.deepcopy((self.model, self.loss))
         except Exception:  # it holds what cannot be copied
             return
-        for x_k, target_k in zip(x, target) if many else [(x, target)]:
+        steps = range(_length(x, target)) if many else [...]
+        for k in steps:
             try:
-                loss(model(x_k), target_k)
-                dout = loss.backward()
-                model.backward(dout)
+                loss(model.forward_at(None, _minibatches(x, k)), _minibatches(target, k))
+                model.backward_at(None, loss.backward())
             except Exception as plain:
                 raise plain from None
 
@@ -234,11 +241,20 @@ def _bare(optimizer: torch.optim.Optimizer) -> TypeGuard[SGD]:
     )
 
 
-def _length(xs: Tensor | Sequence[Any], targets: Tensor | Sequence[Any]) -> int:
-    if len(xs) != len(targets) or len(xs) == 0:
-        problem = f"xs and targets must hold K minibatches each, at least one, got {len(xs)} and {len(targets)}"
-        raise ShapeError(f"TrainStep.many: {problem}")
-    return len(xs)
+def _minibatches(many: Any, which: Any) -> Any:
+    """One of the K minibatches, or several: of each part, where a tuple stands for several inputs; `...` for all."""
+    if which is ...:
+        return many
+    return tuple([_minibatches(part, which) for part in many]) if isinstance(many, tuple) else many[which]
+
+
+def _length(xs: Any, targets: Any) -> int:
+    """K, which all parts of both must share."""
+    lengths = [len(part) for many in (xs, targets) for part in (many if isinstance(many, tuple) else (many,))]
+    if len(set(lengths)) != 1 or lengths[0] == 0:
+        problem = f"xs and targets must hold K minibatches each, at least one, got {' and '.join(map(str, lengths))}"
+        raise ShapeError(f"TrainStep.many: {problem} (a tuple stands for several inputs, a list for K minibatches)")
+    return lengths[0]
 
 
 def _require_compiler() -> None:

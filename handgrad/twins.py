@@ -19,9 +19,9 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, reduce
 from typing import Any
 
 import torch
@@ -48,7 +48,6 @@ from torch.nn import (  # noqa: F401 - the same under the same name
     ReLU,
     RMSNorm,
     RNNCell,
-    Sequential,
     Sigmoid,
     SiLU,
     Softmax,
@@ -58,7 +57,7 @@ from torch.nn import (  # noqa: F401 - the same under the same name
 from torch.nn.functional import cross_entropy
 
 import handgrad
-from handgrad.layer import Layer
+from handgrad.layer import Layer, arity
 
 CrossEntropy, MSE, BCEWithLogits = nn.CrossEntropyLoss, nn.MSELoss, nn.BCEWithLogitsLoss
 
@@ -86,7 +85,9 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
         rows = x.movedim(-1, 1) if self.channels_last else x
         out: Tensor = super().forward(rows)  # the running statistics have n - 1 in any case
         if self.unbiased and (self.training or self.running_mean is None):
-            var, mean = torch.var_mean(rows, [d for d in range(rows.dim()) if d != 1], keepdim=True)
+            others = [d for d in range(rows.dim()) if d != 1]
+            mean, n = rows.mean(others, keepdim=True), rows.numel() // self.num_features
+            var = (rows - mean).square().sum(others, keepdim=True) / max(n - 1, 1)  # var() warns of an empty batch
             out = (rows - mean) / (var + self.eps).sqrt()
             if self.affine:
                 out = out * self.weight.view_as(mean[0]) + self.bias.view_as(mean[0])
@@ -175,19 +176,53 @@ class LSTM(_Recurrent, nn.LSTM):  # type: ignore[misc]  # another forward
     """torch.nn.LSTM of one layer."""
 
 
-class Residual(nn.Module):
+def _call(module: nn.Module, x: Any) -> Any:
+    """The module's output; of several inputs where x is a tuple and its forward takes several."""
+    several = isinstance(x, tuple) and not isinstance(module, _Container) and arity(module.forward)[1] > 1
+    return module(*x) if several else module(x)
+
+
+class _Container(nn.Module):
+    """What all containers share: f(a, b) is f((a, b)), and the modules inside take the tuple apart."""
+
+    def __call__(self, *inputs: Any) -> Any:
+        return super().__call__(inputs[0] if len(inputs) == 1 else inputs)
+
+
+class Sequential(_Container, nn.Sequential):
+    """torch.nn.Sequential, of modules with several inputs, too."""
+
+    def forward(self, x: Any) -> Any:
+        for module in self:
+            x = _call(module, x)
+        return x
+
+
+class Residual(_Container):
     """A body with a connection around it."""
 
     def __init__(self, body: nn.Module) -> None:
         super().__init__()
         self.body = body
 
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = x + self.body(x)
-        return out
+    def forward(self, x: Any) -> Any:
+        y = _call(self.body, x)
+        return tuple(map(torch.add, x, y)) if isinstance(x, tuple) else torch.add(x, y)
 
 
-class _Branches(nn.ModuleList):
+class Constant(_Container):
+    """A body without a gradient."""
+
+    def __init__(self, body: nn.Module) -> None:
+        super().__init__()
+        self.body = body
+
+    def forward(self, x: Any) -> Any:
+        with torch.no_grad():
+            return _call(self.body, x)
+
+
+class _Branches(_Container, nn.ModuleList):
     """Several bodies."""
 
     def __init__(self, *bodies: nn.Module) -> None:
@@ -198,20 +233,14 @@ class Sum(_Branches):
     """torch.add of all outputs."""
 
     def forward(self, x: Any) -> Any:
-        first, *others = [body(x) for body in self]
-        for other in others:
-            first = torch.add(first, other)
-        return first
+        return reduce(torch.add, [_call(body, x) for body in self])
 
 
 class Product(_Branches):
     """torch.mul of all outputs."""
 
     def forward(self, x: Any) -> Any:
-        first, *others = [body(x) for body in self]
-        for other in others:
-            first = torch.mul(first, other)
-        return first
+        return reduce(torch.mul, [_call(body, x) for body in self])
 
 
 class Concat(_Branches):
@@ -222,14 +251,74 @@ class Concat(_Branches):
         self.dim = dim
 
     def forward(self, x: Any) -> Tensor:
-        return torch.cat([body(x) for body in self], self.dim)
+        return torch.cat([_call(body, x) for body in self], self.dim)
 
 
 class Parallel(_Branches):
     """To each body its own input."""
 
     def forward(self, x: tuple[Any, ...]) -> tuple[Any, ...]:
-        return tuple(body(each) for body, each in zip(self, x))
+        return tuple(_call(body, each) for body, each in zip(self, x))
+
+
+class Add(nn.Module):
+    """torch.add of all inputs."""
+
+    def forward(self, *xs: Tensor) -> Tensor:
+        return reduce(torch.add, xs)
+
+
+class Multiply(nn.Module):
+    """torch.mul of all inputs."""
+
+    def forward(self, *xs: Tensor) -> Tensor:
+        return reduce(torch.mul, xs)
+
+
+class Cat(nn.Module):
+    """torch.cat of all inputs."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.dim = dim
+
+    def forward(self, *xs: Tensor) -> Tensor:
+        return torch.cat(xs, self.dim)
+
+
+class Graph(_Container, nn.ModuleDict):
+    """Modules by name, each called with what its names stand for."""
+
+    def __init__(self, inputs: str, outputs: str, /, **nodes: tuple[nn.Module, str]) -> None:
+        super().__init__({name: module for name, (module, _) in nodes.items()})
+        self.inputs, self.outputs = inputs.split(), outputs
+        self.reads = {name: reads for name, (_, reads) in nodes.items()}
+
+    def forward(self, x: Any) -> Any:
+        known = dict(zip(self.inputs, x if len(self.inputs) > 1 else (x,)))
+
+        def value(text: str) -> Any:
+            found = [known[name][int(part)] if part else known[name] for name, _, part in map(_parted, text.split())]
+            return found[0] if len(found) == 1 else tuple(found)
+
+        for name, reads in self.reads.items():
+            known[name] = _call(self[name], value(reads))
+        return value(self.outputs)
+
+
+def _parted(text: str) -> tuple[str, str, str]:
+    return text.partition(".")
+
+
+class Losses(nn.ModuleList):
+    """The weighted sum of several losses."""
+
+    def __init__(self, *losses: nn.Module, weights: Sequence[float] | None = None) -> None:
+        super().__init__(losses)
+        self.weights = weights or [1.0] * len(losses)
+
+    def forward(self, x: tuple[Any, ...], target: tuple[Any, ...]) -> Any:
+        return sum(w * loss(a, b) for w, loss, a, b in zip(self.weights, self, x, target))
 
 
 def from_torch(module: nn.Module) -> nn.Module:
@@ -390,6 +479,32 @@ _twin(
     "Parallel",
     lambda lib, D: lib.Parallel(lib.Linear(D, D), lib.Tanh()),
     lambda N, D, dtype: (rows(N, D, dtype) + rows(N, D, dtype),),
+    arithmetic=False,
+)
+_twin(
+    "Constant",
+    lambda lib, D: lib.Sequential(lib.Constant(lib.Embedding(D, D)), lib.Linear(D, D)),
+    lambda N, D, dtype: (torch.randint(D, (N,)),),
+    arithmetic=False,
+)
+
+
+def _pairs(N: int, D: int, dtype: torch.dtype) -> Inputs:
+    return rows(N, D, dtype) + rows(N, D, dtype)
+
+
+_twin("Add", None, _pairs)
+_twin("Multiply", None, _pairs)
+_twin("Cat", lambda lib, D: lib.Cat(-1), _pairs)
+_twin(
+    "Graph",
+    lambda lib, D: lib.Graph("x", "out", h=(lib.Linear(D, D), "x"), out=(lib.Add(), "x h")),
+    arithmetic=False,
+)
+_twin(
+    "Losses",
+    lambda lib, D: lib.Losses(lib.MSE(), lib.MSE(), weights=(1, 0.5)),
+    lambda N, D, dtype: (_pairs(N, D, dtype), _pairs(N, D, dtype)),
     arithmetic=False,
 )
 _twin("from_torch", lambda lib, D: lib.from_torch(nn.Linear(D, D)), arithmetic=False)

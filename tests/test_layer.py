@@ -5,10 +5,12 @@ from __future__ import annotations
 import copy
 import pickle
 
+import pytest
 import torch
 from torch import nn
 
 import handgrad as hg
+from handgrad import DtypeError, Layer, ShapeError, buffer
 
 
 def build(dtype: torch.dtype = torch.float64) -> hg.Sequential:
@@ -109,3 +111,152 @@ def test_no_grad_records_nothing_and_eval_still_records() -> None:
     assert model.pending == 7  # six layers and the Sequential itself
     model.backward(torch.ones_like(out))
     assert model.pending == 0
+
+
+# ---------------------------------------------------------------------- a layer inside a layer
+
+
+class Swap(Layer):
+    """Two inputs, two outputs; its backward does not know need_dx."""
+
+    def forward(self, a, b):
+        self.push(out=(b, a))
+        return b, a
+
+    def backward(self, dout):
+        self.pop(dout)
+        return dout[1], dout[0]
+
+
+def test_a_tuple_is_spread_over_several_inputs_and_no_other():
+    a, b = torch.ones(2), torch.zeros(3)
+    assert Swap().forward_at("s", (a, b)) == (b, a)
+    with pytest.raises(ShapeError, match=r"^in s \(Swap\(\)\): Swap\(\)\.forward: takes 2 inputs, got a tuple of 3$"):
+        Swap().forward_at("s", (a, b, a))
+    with pytest.raises(ShapeError, match=r"GRUCell\(2 -> 3\)\.forward: takes 1 to 2 inputs, got a tuple of 3"):
+        hg.GRUCell(2, 3).forward_at("cell", (a, a, a))
+    assert hg.Parallel(hg.Tanh()).forward_at("p", (a,))[0].shape == (2,)  # one input, which is a tuple
+    with pytest.raises(DtypeError, match=r"^in t \(Tanh\(\)\): .*x must be a torch\.Tensor, got tuple"):
+        hg.Tanh().forward_at("t", (a, b))
+    assert hg.Sequential(Swap(), hg.Parallel(hg.Tanh(), hg.Identity()), Swap())(a, b)[1].shape == (3,)
+    bilinear = hg.from_torch(torch.nn.Bilinear(2, 3, 4))
+    assert bilinear.forward_at("b", (torch.ones(5, 2), torch.ones(5, 3))).shape == (5, 4)
+
+
+def test_a_dout_that_nobody_used_is_zeros_but_for_indices():
+    class Half(Layer):
+        def forward(self, x):
+            out = x / 2, x.argmax(-1)
+            self.push(out=out)
+            return out
+
+        def backward(self, dout):
+            self.pop(dout)
+            assert dout[1] is None
+            return dout[0] / 2
+
+    layer, x = Half(), torch.ones(2, 3)
+    layer(x)
+    assert torch.equal(layer.backward_at("h", (None, None)), torch.zeros(2, 3))
+    layer(x)
+    assert torch.equal(layer.backward_at("h", None), torch.zeros(2, 3))
+    layer(x)
+    assert torch.equal(layer.backward((x, None)), x / 2)
+
+
+# ---------------------------------------------------------------------- frozen parameters
+
+
+def test_freezing_marks_the_tensors_for_every_holder():
+    table, head = hg.Embedding(5, 3), hg.Linear(3, 5)
+    head.weight = table.weight
+    model = hg.Sequential(table, head)
+    table.freeze()
+    assert repr(model).splitlines()[1:3] == ["  (0): Embedding(5 -> 3, frozen)", "  (1): Linear(3 -> 5)"]
+    assert [name for name, _ in model.named_parameters()] == ["0.weight", "1.bias"]
+    model(torch.tensor([1, 4]))
+    model.backward(torch.ones(2, 5))
+    assert table.weight.grad is None
+    assert head.bias.grad is not None
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), model.to(torch.float64)):
+        assert "frozen" in repr(twin)
+    model.unfreeze()
+    model(torch.tensor([1, 4]))
+    model.backward(torch.ones(2, 5, dtype=torch.float64))
+    assert table.weight.grad is not None
+    table.weight.grad = torch.ones(5, 3, dtype=torch.float64)
+    assert model.freeze() is model
+    assert table.weight.grad is None
+
+
+@pytest.mark.parametrize("optimizer", [hg.SGD, torch.optim.AdamW])
+def test_a_frozen_parameter_stays_in_every_optimizer(optimizer):
+    model = hg.Sequential(hg.Linear(3, 4).freeze(), hg.BatchNorm1d(4), hg.Linear(4, 2))
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    step = hg.TrainStep(model, hg.MSE(), optimizer(model.parameters(), lr=0.1))
+    for _ in range(3):
+        step(torch.randn(5, 3), torch.randn(5, 2))
+    moved = {name for name, t in model.state_dict().items() if not torch.equal(t, before[name])}
+    assert moved == before.keys() - {"0.weight", "0.bias"}
+
+
+def test_freezing_reaches_a_torch_module_made_before_and_after():
+    layer = hg.Linear(3, 2)
+    module = hg.to_torch(layer)
+    module(torch.ones(1, 3))
+    layer.freeze()
+    x = torch.ones(1, 3, requires_grad=True)
+    module(x).sum().backward()
+    assert module.weight.grad is None
+    assert x.grad is not None
+    assert not module.weight.requires_grad
+    layer.unfreeze()
+    module(x).sum().backward()
+    assert module.weight.grad is not None
+
+
+def test_a_frozen_torch_module_is_not_differentiated_by_its_parameters():
+    layer = hg.from_torch(torch.nn.Linear(3, 2)).freeze()
+    layer(torch.ones(1, 3))
+    assert layer.backward(torch.ones(1, 2)).shape == (1, 3)
+    assert all(p.grad is None for p in layer.parameters())
+
+
+# ---------------------------------------------------------------------- what is found
+
+
+def test_layers_in_dicts_and_nested_lists_are_found():
+    class Nest(Layer):
+        def __init__(self):
+            self.heads = {"a": hg.Linear(2, 1), "b": [hg.Linear(2, 1), (hg.Tanh(), hg.Linear(1, 1))]}
+
+        def forward(self, x):
+            return x
+
+        def backward(self, dout):
+            return dout
+
+    nest = Nest()
+    assert list(nest.state_dict()) == [
+        f"heads.{path}.{name}" for path in ("a", "b.0", "b.1.1") for name in ("weight", "bias")
+    ]
+    assert repr(nest).splitlines()[1:] == [
+        "  (heads.a): Linear(2 -> 1)",
+        "  (heads.b.0): Linear(2 -> 1)",
+        "  (heads.b.1.0): Tanh()",
+        "  (heads.b.1.1): Linear(1 -> 1)",
+        ")",
+    ]
+
+
+def test_a_buffer_that_is_not_persistent_moves_but_has_no_key():
+    class Masked(Layer):
+        mask = buffer("D", persistent=False)
+
+        def __init__(self):
+            self.mask = torch.ones(3)
+
+    layer = Masked()
+    assert layer.state_dict() == {}
+    assert layer.to(torch.float64).mask.dtype is torch.float64
+    assert [name for name, _ in layer.named_buffers()] == ["mask"]

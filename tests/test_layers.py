@@ -99,7 +99,7 @@ def test_no_rows_are_taken_as_torch_takes_them_by(name):
     dx = layer.backward() if isinstance(layer, handgrad.Loss) else layer.backward(out)
     for x, d in zip(tree_leaves(inputs), tree_leaves(dx)):
         assert d.shape == x.shape if x.is_floating_point() else d is None
-    assert not any(p.grad.any() for p in layer.parameters())
+    assert not any(p.grad is not None and p.grad.any() for p in layer.parameters())
 
 
 def test_every_public_optimizer_is_checked():

@@ -16,6 +16,7 @@ import handgrad as hg
 from handgrad import (
     MSE,
     SGD,
+    Add,
     ArgumentError,
     BatchNorm1d,
     CompileError,
@@ -23,9 +24,11 @@ from handgrad import (
     DtypeError,
     Embedding,
     Flatten,
+    Graph,
     IndexRangeError,
     Layer,
     Linear,
+    Losses,
     Sequential,
     ShapeError,
     StateError,
@@ -113,6 +116,47 @@ def test_many_refuses_unequal_or_no_minibatches(counts):
     xs, targets = make_data()
     with pytest.raises(ShapeError, match="xs and targets must hold K minibatches each"):
         make_step(make_model()).many(xs[: counts[0]], targets[: counts[1]])
+
+
+def make_pair_step():
+    """A model of two inputs with two outputs, and a loss for each."""
+    torch.manual_seed(2)
+    model = Graph(
+        "x t", "a b", h=(Linear(3, 4), "x"), e=(Embedding(5, 4), "t"), a=(Add(), "h e"), b=(Linear(4, 2), "a")
+    )
+    model.to(torch.float64)
+    return TrainStep(model, Losses(MSE(), CrossEntropy()), SGD(model.parameters(), lr=0.1, momentum=0.9))
+
+
+def make_pairs():
+    """Four minibatches of them, each part with the four in front."""
+    xs = torch.randn(4, 6, 3, dtype=torch.float64), torch.randint(5, (4, 6))
+    return xs, (torch.randn(4, 6, 4, dtype=torch.float64), torch.randint(2, (4, 6)))
+
+
+def test_a_tuple_is_several_inputs_and_a_list_several_minibatches():
+    (x, t), (y, label) = xs, targets = make_pairs()
+    one, many, listed = make_pair_step(), make_pair_step(), make_pair_step()
+    expected = torch.stack([one((x[k], t[k]), (y[k], label[k])) for k in range(4)])
+    assert torch.equal(many.many(xs, targets), expected)
+    pairs = [(x[k], t[k]) for k in range(4)], [(y[k], label[k]) for k in range(4)]
+    assert torch.equal(listed.many(*pairs), expected)
+    for step in (many, listed):
+        assert_same_state(step.model, one.model, exact=True)
+    with pytest.raises(ShapeError, match=r"got 4 and 4 and 3 and 4 \(a tuple stands for several inputs, a list for K"):
+        many.many(xs, (y[:3], label))
+    with pytest.raises(ShapeError, match=r"takes 2 inputs, x, t, one by one or as a tuple, got 3"):
+        one((x[0], t[0], t[0]), (y[0], label[0]))
+
+
+def test_a_wholly_frozen_model_is_refused():
+    model = make_model().freeze()
+    xs, targets = make_data()
+    with pytest.raises(
+        StateError, match=r"no parameter got a gradient, for all are frozen; unfreeze\(\) what is to be"
+    ):
+        make_step(model)(xs[0], targets[0])
+    assert model.pending == 0
 
 
 def test_a_loss_without_reduction_is_refused():
@@ -209,6 +253,23 @@ class TestCompiled:
         assert_same_state(b, a)
         for p, q in zip(a.parameters(), b.parameters()):
             torch.testing.assert_close(q.grad, p.grad)
+
+    def test_several_inputs_and_outputs(self):
+        xs, targets = make_pairs()
+        eager, compiled = make_pair_step(), make_pair_step().compile(chunk=2)
+        torch.testing.assert_close(compiled.many(xs, targets), eager.many(xs, targets))
+        assert_same_state(compiled.model, eager.model)
+
+    def test_freezing_after_compile_is_seen(self):
+        model = make_model()
+        xs, targets = make_data()
+        step = make_step(model).compile()
+        step(xs[0], targets[0])
+        held = [p.clone() for p in model.freeze().parameters()]
+        model[-1].unfreeze()
+        step(xs[0], targets[0])
+        moved = [not torch.equal(p, q) for p, q in zip(model.parameters(), held)]
+        assert moved == [False] * (len(held) - 2) + [True, True]
 
     def test_one_graph_serves_every_lr_and_evaluation_in_between(self):
         a, b = make_model(), make_model()

@@ -102,11 +102,11 @@ class BatchNorm(Layer):
     def backward(self, dout: Tensor, need_dx: bool = True) -> Tensor | None:
         x, mean, rstd, weight, m = self.pop(dout)
         channel = x.dim() - 1 if self.channels_last else 1
+        behind = x.dim() - 1 - channel  # dimensions behind the channels
         others = 0 if x.dim() == 2 else [*range(channel), *range(channel + 1, x.dim())]
-        ones = [1] * (x.dim() - 1 - channel)  # for the dimensions behind the channels
 
         def column(per_channel: Tensor) -> Tensor:
-            return per_channel.view(-1, *ones) if ones else per_channel
+            return per_channel.view(-1, *[1] * behind) if behind else per_channel
 
         def sums(dout: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             diff = x - column(mean)
@@ -126,10 +126,8 @@ class BatchNorm(Layer):
 
         def formula(dout: Tensor, diff: Tensor) -> Tensor:
             # diff = x - mean,  rstd = 1/sqrt(sum diff^2 / m + eps)
-            dmean_dvar = torch.addcmul(
-                column(dbias), diff, column(rstd * dweight), value=n / max(m, 1)
-            )  # times -scale/n
-            return scale * torch.sub(dout, dmean_dvar, alpha=1 / n)
+            dmean_dvar = torch.addcmul(column(dbias), diff, column(rstd * dweight), value=n / max(m, 1))
+            return torch.sub(dout, dmean_dvar, alpha=1 / n).mul_(scale)  # both without their factor -scale/n
 
         dx: Tensor = blockwise(formula, dout, diff)
         return dx

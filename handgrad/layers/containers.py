@@ -6,14 +6,15 @@ it unchanged. Bodies run backward in reverse order, so one layer object may be, 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from functools import reduce
 from typing import Any, overload
 
 import torch
 from torch import Tensor
 
 from handgrad.errors import ArgumentError, DtypeError, ShapeError
-from handgrad.layer import Layer
+from handgrad.layer import Layer, spec_of, with_zeros
 
 
 class Several(Layer):
@@ -66,6 +67,8 @@ class Sequential(Several):
     (Linear(8 -> 2), 2)
     """
 
+    hands_on = True
+
     def forward(self, *inputs: Any) -> Any:
         x = inputs[0] if len(inputs) == 1 else inputs
         for i, layer in enumerate(self.layers):
@@ -76,7 +79,8 @@ class Sequential(Several):
     def backward(self, dout: Any, need_dx: bool = True) -> Any:
         self.pop(dout)
         for i in reversed(range(len(self.layers))):
-            dout = self.layers[i].backward_at(i, dout, need_dx or i > 0)
+            wanted = need_dx if i == 0 else not self.layers[i - 1].stops_dout
+            dout = self.layers[i].backward_at(i, dout, wanted)
         return dout
 
     @overload
@@ -113,10 +117,50 @@ class Identity(Layer):
         return dout
 
 
+class Constant(Layer):
+    """A body that counts as a constant: nothing is recorded in it, and nothing goes back.
+
+    Forward:   out = body(x), under torch.no_grad()
+    Shapes:    those of body
+    Backward:  d out / dx counts as 0: dx = 0, whatever dout is, and no parameter of body gets a gradient.
+               A container does not even ask the layer above for the dout.
+    Recorded:  the shape of x
+    Raises:    what body raises, with the place "in body (...)".
+
+    ``Sequential(Constant(base), head)`` trains the head on what a base makes, at the cost of the base's forward alone.
+    Its modes are body's: in training a batch norm inside still uses and updates its statistics.
+
+    >>> from handgrad import Linear
+    >>> model = Sequential(Constant(Linear(3, 4)), Linear(4, 1))
+    >>> out, dx = model(torch.ones(2, 3)), model.backward(torch.ones(2, 1))
+    >>> dx.count_nonzero(), [name for name, p in model.named_parameters() if p.grad is not None]
+    (tensor(0), ['1.weight', '1.bias'])
+    """
+
+    takes_apart, hands_on, stops_dout = False, True, True
+
+    def __init__(self, body: Layer) -> None:
+        if not isinstance(body, Layer):
+            raise ArgumentError(f"Constant: body must be a Layer, got {type(body).__name__}")
+        self.body = body
+
+    def forward(self, *inputs: Any) -> Any:
+        x = inputs[0] if len(inputs) == 1 else inputs
+        with torch.no_grad():
+            out = self.body.forward_at("body", x)
+        self.push(spec_of(x), out=out)
+        return out
+
+    def backward(self, dout: Any, need_dx: bool = True) -> Any:
+        (spec,) = self.pop(dout)
+        # out = body(x), a constant
+        return with_zeros(None, spec) if need_dx else None
+
+
 class Residual(Layer):
     """A body with a connection around it.
 
-    Forward:   out = x + body(x)
+    Forward:   out = x + body(x); of several inputs, each is added to the output in its place
     Shapes:    x any that body keeps; out like x
     Backward:  x acts twice, directly and through body, hence dx = dout + body.backward(dout)
     Recorded:  nothing itself; body records
@@ -134,24 +178,32 @@ class Residual(Layer):
     True
     """
 
+    takes_apart = False
+
     def __init__(self, body: Layer) -> None:
         if not isinstance(body, Layer):
             raise ArgumentError(f"Residual: body must be a Layer, got {type(body).__name__}")
         self.body = body
 
-    def forward(self, x: Tensor) -> Tensor:
-        self.check_input(x)
+    def forward(self, *inputs: Any) -> Any:
+        x = inputs[0] if len(inputs) == 1 else inputs
         y = self.body.forward_at("body", x)
-        _same_form(self, {"x": x, "body": y})
-        out: Tensor = x + y
+        xs, ys = (x, y) if isinstance(x, tuple) else ((x,), (y,))
+        if not isinstance(ys, tuple) or len(ys) != len(xs):
+            came = f"a tuple of {len(ys)}" if isinstance(ys, tuple) else type(ys).__name__
+            raise self.error(ShapeError, "forward", f"body must give {len(xs)} outputs for as many inputs, got {came}")
+        for a, b in zip(xs, ys):
+            self.check_input(a)
+            check_same_form(self, {"x": a, "body": b})
+        out = plus(x, y)
         self.push(out=out)
         return out
 
-    def backward(self, dout: Tensor, need_dx: bool = True) -> Tensor | None:
+    def backward(self, dout: Any, need_dx: bool = True) -> Any:
         self.pop(dout)
         # out = x + body(x)
         dx = self.body.backward_at("body", dout, need_dx)
-        return dout + dx if need_dx else None
+        return plus(dout, dx) if need_dx else None
 
 
 class Branches(Several):
@@ -195,8 +247,8 @@ class Sum(Branches):
 
     def forward(self, *inputs: Any) -> Tensor:
         outs = self._forward_each(*inputs)
-        _same_form(self, {str(i): out for i, out in enumerate(outs)})
-        out: Tensor = _total(outs)
+        check_same_form(self, {str(i): out for i, out in enumerate(outs)})
+        out: Tensor = total(outs)
         self.push(out=out)
         return out
 
@@ -204,7 +256,7 @@ class Sum(Branches):
         self.pop(dout)
         # out = body_0(x) + body_1(x) + ...
         dxs = self._backward_each([dout] * len(self.layers), need_dx)
-        return _total(dxs) if need_dx else None
+        return total(dxs) if need_dx else None
 
 
 class Product(Branches):
@@ -228,7 +280,7 @@ class Product(Branches):
 
     def forward(self, *inputs: Any) -> Tensor:
         outs = self._forward_each(*inputs)
-        _same_form(self, {str(i): out for i, out in enumerate(outs)})
+        check_same_form(self, {str(i): out for i, out in enumerate(outs)})
         out: Tensor = outs[0]
         for factor in outs[1:]:
             out = out * factor
@@ -237,16 +289,10 @@ class Product(Branches):
 
     def backward(self, dout: Tensor, need_dx: bool = True) -> Any:
         outs = self.pop(dout)
-        douts = [dout]  # douts[i]: dout times the factors before i
-        for factor in outs[:-1]:
-            douts.append(douts[-1] * factor)
-        after = outs[-1]  # the product of the factors after i
-        for i in range(len(outs) - 2, -1, -1):
-            # out = (factors before i) * out_i * (factors after i)
-            douts[i] = douts[i] * after
-            after = after * outs[i] if i else after
+        # out = body_0(x) * body_1(x) * ...
+        douts = times_the_others(dout, outs)
         dxs = self._backward_each(douts, need_dx)
-        return _total(dxs) if need_dx else None
+        return total(dxs) if need_dx else None
 
 
 class Concat(Branches):
@@ -272,7 +318,7 @@ class Concat(Branches):
 
     def forward(self, *inputs: Any) -> Tensor:
         outs = self._forward_each(*inputs)
-        _same_form(self, {str(i): out for i, out in enumerate(outs)}, but=self.dim)
+        check_same_form(self, {str(i): out for i, out in enumerate(outs)}, but=self.dim)
         out = torch.cat(outs, self.dim)
         self.push([out.shape[self.dim] for out in outs], out=out)
         return out
@@ -281,7 +327,7 @@ class Concat(Branches):
         (sizes,) = self.pop(dout)
         # out = cat([body_0(x), body_1(x), ...], dim)
         dxs = self._backward_each(list(torch.split(dout, sizes, self.dim)), need_dx)
-        return _total(dxs) if need_dx else None
+        return total(dxs) if need_dx else None
 
 
 class Parallel(Branches):
@@ -317,21 +363,31 @@ class Parallel(Branches):
         return tuple(dxs) if need_dx else None
 
 
-def _total(terms: list[Any]) -> Any:
-    """The sum of tensors, of tuples of them element by element, or of Nones; a new tensor unless there is one term.
-
-    All are None, or none: whether an input has a gradient is a matter of its dtype.
-    """
-    total = terms[0]
-    for term in terms[1:]:
-        if isinstance(total, tuple):
-            total = tuple([_total(list(pair)) for pair in zip(total, term)])
-        else:
-            total = None if term is None else total + term
-    return total
+def times_the_others(dout: Tensor, factors: Sequence[Tensor]) -> list[Tensor]:
+    """For each factor, dout times the product of the others: of those before it, and of those after it."""
+    douts = [dout]  # times the factors before
+    for factor in factors[:-1]:
+        douts.append(douts[-1] * factor)
+    after = factors[-1]
+    for i in reversed(range(len(factors) - 1)):
+        douts[i] = douts[i] * after
+        after = after * factors[i] if i else after
+    return douts
 
 
-def _same_form(layer: Layer, outs: dict[str, Any], but: int | None = None) -> None:
+def plus(a: Any, b: Any) -> Any:
+    """The sum of two tensors, or of two tuples of them element by element; None stands for nothing."""
+    if a is None or b is None:
+        return b if a is None else a
+    return tuple([plus(x, y) for x, y in zip(a, b)]) if isinstance(a, tuple) else a + b
+
+
+def total(terms: Sequence[Any]) -> Any:
+    """The sum of several; a new tensor unless there is one term."""
+    return reduce(plus, terms)
+
+
+def check_same_form(layer: Layer, outs: dict[str, Any], but: int | None = None) -> None:
     """Raise unless all are tensors of one dtype and one shape, the size along dimension `but` left aside."""
     first = next(iter(outs))
     for name, out in outs.items():

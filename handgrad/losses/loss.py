@@ -19,8 +19,31 @@ class Loss(Layer):
 
     The target has no gradient, so `backward` returns dx alone. A reduced loss is a scalar whose own gradient is 1:
     `backward()` needs no argument. With reduction "none" the loss has a value per row, and `backward(dout)` wants one.
+
+    A loss of one's own defines forward and backward as a layer does; there is no constructor to call. Where the model
+    has several outputs, x is the tuple of them, and dx a tuple like it, as in the loss of a variational autoencoder:
+
+    >>> class ELBO(Loss):
+    ...     "loss = sum (out - target)^2 + 1/2 sum (mean^2 + exp(logvar) - 1 - logvar), over the number of rows N"
+    ...     def forward(self, x, target):
+    ...         out, mean, logvar = x
+    ...         N, var = len(target), logvar.exp()
+    ...         loss = ((out - target) ** 2).sum() + (mean**2 + var - 1 - logvar).sum() / 2
+    ...         self.push(out - target, mean, var, N, out=loss / N)
+    ...         return loss / N
+    ...     def backward(self, dout=None):
+    ...         diff, mean, var, N = self.pop(dout)
+    ...         dloss = (1.0 if dout is None else dout) / N
+    ...         return 2 * diff * dloss, mean * dloss, (var - 1) / 2 * dloss
+    >>> loss = ELBO()
+    >>> outputs = torch.ones(2, 3), torch.ones(2, 1), torch.zeros(2, 1)
+    >>> loss(outputs, torch.zeros(2, 3))  # 3 of the squares, 1/2 of the mean
+    tensor(3.5000)
+    >>> [tuple(dx.shape) for dx in loss.backward()]
+    [(2, 3), (2, 1), (2, 1)]
     """
 
+    hands_on = True  # a dout of None stands for 1
     reduction: str = "mean"
 
     def __init__(self, reduction: str = "mean") -> None:

@@ -7,6 +7,7 @@ Which file answers which question, in the order of a check:
 `plan`, `strategies`  what is drawn, and how: sizes, parameters, inputs, douts
 `sample`            what one drawn example is
 `subject`           what a layer is to the checks: its tensors, its copies, its calls
+`operations`        what a forward does, operation by operation: the numbers it draws, the tensors it reads
 `oracle`            where the right gradients come from
 `judge`             when two tensors agree
 `rounding`          how much of a difference is only rounding

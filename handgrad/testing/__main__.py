@@ -22,7 +22,10 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("layer", help="module:Name of the class or of a function that makes the layer")
     parser.add_argument(
-        "--x", action="append", required=True, help='the input, such as "*N D"; once for each input of forward'
+        "--x",
+        action="append",
+        required=True,
+        help='the input, such as "*N D"; once for each input of forward, or for each output that a loss takes',
     )
     parser.add_argument("--target", help="the target, for a loss")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=V1,V2", help="values of an argument")
@@ -62,7 +65,7 @@ def main(arguments: list[str] | None = None) -> int:
         }
         make = _load(given.layer)
         if given.target:
-            report = check_loss(make, given.x[0], given.target, **what)
+            report = check_loss(make, given.x if len(given.x) > 1 else given.x[0], given.target, **what)
         else:
             report = check_layer(make, given.x, **what)
     except AssertionError as failure:

@@ -70,6 +70,11 @@ def check_layer(
                 the max_examples of the hypothesis profile.
     reproduce   what a failure printed: runs just that example.
 
+    A layer that draws random numbers, from torch's generator or its own, is given the same ones in the same places in
+    all runs that are compared, whatever their dtype and layout; a reference or module that draws in the same order gets
+    them, too. Frozen parameters must get no gradient. An output that is not floating, such as indices, has no dout:
+    backward gets None for it.
+
     Returns a Report. Raises GradientMismatch, OutputMismatch, ContractError or LayerCrash (all of them
     CheckFailure and AssertionError) where the layer is wrong, with the smallest example found; VacuousCheck or
     OracleError (CheckError) where the check is; ArgumentError where it is asked for something impossible.
@@ -97,9 +102,10 @@ def check_layer(
     return check_plan(plan, skip or {}, examples, reproduce)
 
 
-def check_loss(make: Callable[..., Any], x: str, target: str, **what: Any) -> Report:
+def check_loss(make: Callable[..., Any], x: str | Sequence[Any], target: str | Sequence[Any], **what: Any) -> Report:
     """Prove a loss's backward: as `check_layer`, for a Loss with a second input that has no gradient.
 
+    x, and target, may be a tuple of entries: that of a loss of several outputs, ``x=("N D", "N")``.
     Beside the properties of a layer, `backward()` without an argument must equal backward of 1 for a scalar loss.
 
     >>> from handgrad import CrossEntropy
@@ -197,7 +203,7 @@ class _Runner:
             raise failure from failure.__cause__
         if self.report.examples:
             self.report.note = ""
-        self.report.elements, self.report.worst = tally.elements, tally.worst
+        self.report.elements, self.report.worst, self.report.remark = tally.elements, tally.worst, tally.remark
         self.report.distinct = len(self.keys)
         self.report.seconds = time.perf_counter() - start
         self._refuse_vacuous()

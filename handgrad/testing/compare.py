@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import compress
 from typing import Any
 
 import torch
@@ -17,8 +18,9 @@ def compare(layer: Any, module: torch.nn.Module, x: Any, *, steps: int = 3, seed
 
     Each of `steps` training steps, and then one in evaluation, forwards a batch made of x (scaled and shifted anew
     each time), sends back a random dout, and compares outputs, dx, the gradient of every parameter (which add up over
-    the steps) and every buffer, by name. The module gets the layer's parameters and buffers. Both are copied first:
-    the caller's stay as they are, and so does torch's global generator.
+    the steps) and every buffer, by name. The module gets the layer's parameters and buffers; what is frozen in the
+    layer is so in the module. Both are copied first: the caller's stay as they are, and so does torch's global
+    generator.
 
     x is one input, or a tuple of inputs, any of which may be a tuple itself. Raises OutputMismatch or GradientMismatch
     with the step and the tensor; OracleError where the module's names or shapes differ.
@@ -28,9 +30,11 @@ def compare(layer: Any, module: torch.nn.Module, x: Any, *, steps: int = 3, seed
     """
     subject.check_contract(layer)
     ours = subject.Packed(subject.cast(subject.clone(layer), torch.float64), subject.form_of(subject.as_tuple(x)))
+    ours.random = subject.draws(subject.clone(ours), tuple(_vary(t, 0) for t in subject.flatten(x)))
     call, theirs = Oracle(module=lambda: subject.clone(module)).bind(ours)
-    for param in theirs.parameters():
-        param.requires_grad_()
+    frozen = subject.frozen(ours)
+    for name, param in subject.parameters(theirs).items():
+        param.requires_grad_(name not in frozen)
     generator = torch.Generator().manual_seed(seed)
     for step in range(steps + 1):
         training = step < steps
@@ -40,14 +44,16 @@ def compare(layer: Any, module: torch.nn.Module, x: Any, *, steps: int = 3, seed
         inputs = tuple(_vary(t, step) for t in subject.flatten(x))
         with subject.private_rng(seed + step), torch.enable_grad():
             outs = subject.forward(ours, inputs)
-            douts = tuple(torch.randn(o.shape, generator=generator, dtype=o.dtype) for o in outs)
+            douts = tuple(_dout(o, generator) for o in outs)
             dx = subject.backward(ours, inputs, douts)
         names = subject.input_names(ours, inputs)
         leaves = {n: t.requires_grad_() for n, t in zip(names, map(torch.clone, inputs)) if n in dx}
         with subject.private_rng(seed + step), torch.enable_grad():
             wanted = call(*[leaves.get(n, t) for n, t in zip(names, inputs)])
             _same_number(outs, wanted, where)
-            torch.autograd.backward(wanted, douts)
+            tracked = [o.requires_grad for o in wanted]
+            if any(tracked):
+                torch.autograd.backward(list(compress(wanted, tracked)), list(compress(douts, tracked)))
         limit = judge.within(judge.AGAINST_ORACLE, 1e-3 * max(map(judge.largest, douts), default=0.0))
         detached = subject.named("out", tuple(o.detach() for o in wanted))
         judge.judge(subject.named("out", outs), detached, limit, where, OutputMismatch)
@@ -58,6 +64,13 @@ def compare(layer: Any, module: torch.nn.Module, x: Any, *, steps: int = 3, seed
 
 def _vary(t: Tensor, step: int) -> Tensor:
     return t.detach().to(torch.float64) * (1 + 0.5 * step) + 0.25 * step if t.is_floating_point() else t
+
+
+def _dout(out: Tensor, generator: torch.Generator) -> Tensor:
+    """A random dout; of zeros for what has no gradient, which is not given it."""
+    if not out.is_floating_point():
+        return torch.zeros(out.shape)
+    return torch.randn(out.shape, generator=generator, dtype=out.dtype)
 
 
 def _same_number(outs: tuple[Tensor, ...], wanted: tuple[Tensor, ...], where: str) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from handgrad.layer import Layer
 from handgrad.testing import judge, subject
 from handgrad.testing.errors import CheckFailure
 from handgrad.testing.sample import Sample
@@ -71,8 +72,10 @@ def hints(s: Sample, details: dict[str, Any]) -> list[Hint]:
             found += _shape(s, details["tensor"], got, want)
     elif isinstance(want, Tensor) and got is None and details.get("tensor") in subject.parameters(s.layer):
         found.append(Hint("backward never adds to it: add_grad(parameter, gradient)"))
+    elif isinstance(got, Tensor) and want is None and details.get("tensor") in subject.frozen(s.layer):
+        found.append(Hint("it is frozen: add_grad(parameter, gradient) passes it over, writing to .grad does not"))
     if details.get("property") == "gradients":
-        found += _passes_when(s, details)
+        found = [*_order_of_uses(s), *found, *_passes_when(s, details)]
     return found
 
 
@@ -200,6 +203,30 @@ def _last_use(s: Sample, details: dict[str, Any]) -> Iterator[Hint]:
     truth = s.oracle.truth(s.layer, s.inputs, (only_last,), s.seed).grads[name]
     if truth is not None and _close(got, truth):
         yield Hint("of equal indices only the last one arrived: add them up (index_add_), do not assign")
+
+
+def _order_of_uses(s: Sample) -> Iterator[Hint]:
+    """Whether all is right once the layers that forward uses several times give their records in the other order."""
+    twin = s.copy()
+    with subject.recording(s.seed):
+        subject.forward(twin, s.inputs)
+        inside = [(path, layer) for path, layer in subject.named_layers(twin) if isinstance(layer, Layer)]
+        several = [(path, layer, len(layer._records)) for path, layer in inside if len(layer._records) > 1]
+        if not several:
+            return
+        for _, layer, _ in several:
+            layer._records.reverse()
+        try:
+            got = {**subject.backward(twin, s.inputs, s.douts), **subject.gradients(twin)}
+        except CheckFailure:
+            return
+    pairs = [(got[n], g) for n, g in s.truth.grads.items()]
+    if all(mine is not None and _close(mine, g) for mine, g in pairs if g is not None):
+        path, layer, uses = several[0]
+        yield Hint(
+            f"forward uses {path} ({type(layer).__name__}) {uses} times, and it is right when the first backward takes "
+            "the first of its records: run the backwards in reverse, that of the last use first"
+        )
 
 
 def _shape(s: Sample, name: str, got: Tensor, want: Tensor) -> Iterator[Hint]:

@@ -25,6 +25,7 @@ class Tally:
 
     elements: int = 0
     worst: float = 0.0
+    remark: str = ""
 
 
 _tally: ContextVar[Tally | None] = ContextVar("tally", default=None)
@@ -47,6 +48,13 @@ def compared(elements: int, ratio: float = 0.0) -> None:
     if tally is not None:
         tally.elements += elements
         tally.worst = max(tally.worst, ratio)
+
+
+def remark(text: str) -> None:
+    """Say in the report what cannot be compared, and why."""
+    tally = _tally.get()
+    if tally is not None:
+        tally.remark = text
 
 
 Limit = Callable[[str, Tensor, Tensor], Tensor]
@@ -112,7 +120,10 @@ def _failure_of(
         finite = torch.isfinite(want)
         bad = ~torch.where(finite, error <= allowed, same(got, want))
     else:
-        allowed, error = torch.zeros_like(got), (got - want).abs()
+        allowed, error = (
+            torch.zeros_like(want, dtype=torch.float64),
+            (got.double() - want.double()).abs(),
+        )  # also of bool
         bad = got != want
     ratios = torch.where(torch.isfinite(want.double()), error / allowed.clamp(min=1e-300), 0)
     compared(want.numel(), float(ratios.max()) if want.numel() and not bad.any() else 0.0)
@@ -126,7 +137,7 @@ def _where_they_differ(got: Tensor, want: Tensor, error: Tensor, bad: Tensor, al
     shown = torch.where(torch.isnan(error.double()), torch.inf, error.double()).where(bad, -1)
     worst = int(shown.argmax()) if shown.dim() == 0 else int(shown.flatten().argmax())
     index = tuple(int(i) for i in torch.unravel_index(torch.tensor(worst), want.shape)) if want.dim() else ()
-    relative = float(error.flatten()[worst] / want.flatten()[worst].abs().clamp(min=1e-300))
+    relative = float(error.flatten()[worst] / want.flatten()[worst].double().abs().clamp(min=1e-300))
     share = f", {relative:.2g} of it" if relative < 1e6 else ""  # of what is 0 but for rounding, it says nothing
     place = f"[{', '.join(map(str, index))}]" if index else ""
     return (
@@ -155,7 +166,7 @@ def identical(a: Tensor, b: Tensor) -> bool:
 
 def largest(t: Tensor) -> float:
     """The largest finite magnitude; 0 for none."""
-    finite = t.detach().abs().to(torch.float64).nan_to_num(0, 0, 0)
+    finite = t.detach().to(torch.float64).abs().nan_to_num(0, 0, 0)
     return float(finite.max()) if finite.numel() else 0.0
 
 

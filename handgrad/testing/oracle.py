@@ -10,7 +10,7 @@ import inspect
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from handgrad.testing import judge, subject
 from handgrad.testing.errors import LayerCrash, OracleError, OutputMismatch
+from handgrad.tracked import tracked_by_autograd
 
 DIRECTIONS = 3
 NEIGHBOURS = 3  # points looked at beside one that may be a kink
@@ -89,18 +90,21 @@ class Oracle:
         """The oracle's forward as a function of the inputs, and the object that holds its parameters and buffers."""
         layer = subject.honest(layer)
         if self.module is not None:
-            module = self._module(layer)
-            return lambda *inputs: subject.flatten(module(*subject.packed(layer, inputs))), module
-        twin = subject.clone(layer)
-        if self.reference is None:
+            module: Any = self._module(layer)
+            function, owner = module, module
+        elif self.reference is None:
+            twin = subject.clone(layer)
             return lambda *inputs: subject.forward(twin, inputs), twin
-        reference, takes_layer = self.reference, next(iter(_argument_names(self.reference)), "") == "layer"
+        else:
+            function, owner = self.reference, subject.clone(layer)
+            if next(iter(_argument_names(self.reference)), "") == "layer":
+                function = partial(self.reference, subject.unwrap(owner))
 
         def call(*inputs: Any) -> tuple[Tensor, ...]:
-            given = subject.packed(layer, inputs)
-            return subject.flatten(reference(subject.unwrap(twin), *given) if takes_layer else reference(*given))
+            with subject.same_numbers(layer):
+                return subject.flatten(function(*subject.packed(layer, inputs)))
 
-        return call, twin
+        return call, owner
 
     def _module(self, layer: Any) -> torch.nn.Module:
         assert self.module is not None
@@ -128,8 +132,12 @@ class _Point:
     @cached_property
     def leaves(self) -> dict[str, Tensor]:
         """Everything that has a gradient, by its name."""
-        params = {name: p for name, p in subject.parameters(self.layer).items() if p.is_floating_point()}
-        return {**subject.differentiable(self.layer, self.inputs), **params}
+        return {**subject.differentiable(self.layer, self.inputs), **self.trained(self.layer)}
+
+    def trained(self, owner: Any) -> dict[str, Tensor]:
+        """The owner's parameters that have a gradient: those that are floating, and not frozen in the layer."""
+        frozen = subject.frozen(self.layer)
+        return {n: p for n, p in subject.parameters(owner).items() if p.is_floating_point() and n not in frozen}
 
     def truth(self) -> Truth:
         """What autograd says, or else finite differences."""
@@ -142,10 +150,10 @@ class _Point:
         inputs = subject.differentiable(self.layer, self.inputs)
         leaves = {n: x.detach().clone().requires_grad_() for n, x in inputs.items()}
         call, owner = self.oracle.bind(self.layer)
-        params = {name: p.requires_grad_() for name, p in subject.parameters(owner).items() if p.is_floating_point()}
+        params = {name: p.requires_grad_() for name, p in self.trained(owner).items()}
         wanted = {**leaves, **params}
         grads: Sequence[Tensor | None] = [None] * len(wanted)
-        with subject.recording(self.seed):
+        with subject.recording(self.seed), tracked_by_autograd():
             try:
                 outs = call(*self._inputs_with(leaves))
                 self._check_shapes(outs)
@@ -182,7 +190,7 @@ class _Point:
 
     def differences(self) -> Truth:
         """What finite differences say, one number after the other."""
-        grads: dict[str, Tensor | None] = {}
+        grads: dict[str, Tensor | None] = dict.fromkeys(subject.frozen(self.layer))
         uncertain: dict[str, Tensor] = {}
         for name, leaf in self.leaves.items():
             grad, doubt = torch.zeros_like(leaf).flatten(), torch.zeros_like(leaf).flatten()
@@ -246,7 +254,7 @@ class _Point:
         call, _ = self.oracle.bind(layer)
         with subject.private_rng(self.seed), torch.no_grad():
             outs = call(*self._inputs_with({n: x + h * direction[n] for n, x in inputs.items() if n in direction}))
-            return sum(float((out * dout).sum()) for out, dout in zip(outs, self.douts))
+            return sum(float((out * dout).sum()) for out, dout in zip(outs, self.douts) if out.is_floating_point())
 
     def _inputs_with(self, new: dict[str, Tensor]) -> tuple[Any, ...]:
         names = subject.input_names(self.layer, self.inputs)

@@ -95,7 +95,7 @@ class Plan:
 
 def plan_of(make: Callable[..., Any], x: str | Sequence[Any], **what: Any) -> Plan:
     """A Plan of the arguments of `check_layer`."""
-    texts = (x,) if isinstance(x, str) else tuple(x)
+    texts = (x,) if isinstance(x, str) else _tuples(x)
     inputs = tuple(Input.parse(text) for text in subject.flatten(texts))
     plan = Plan(make, inputs, form=subject.form_of(texts), **what)
     for name in plan.arguments:
@@ -106,6 +106,11 @@ def plan_of(make: Callable[..., Any], x: str | Sequence[Any], **what: Any) -> Pl
                 f"values in options={{{name!r}: [...]}}, or pass a lambda that fills it in.\n{SYNTAX}"
             )
     return plan
+
+
+def _tuples(x: Any) -> Any:
+    """The lists in it as tuples."""
+    return x if isinstance(x, str) else tuple(map(_tuples, x))
 
 
 def _arguments(make: Callable[..., Any], plan: Plan) -> tuple[str, ...]:

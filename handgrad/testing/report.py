@@ -29,15 +29,16 @@ class PropertyReport:
     worst: float = 0.0
     seconds: float = 0.0
     note: str = ""  # why it does not apply or was skipped
+    remark: str = ""  # what in it could not be compared
 
     def __str__(self) -> str:
         number = f"P{PROPERTIES[self.name].number}" if self.name in PROPERTIES else ""
         head = f"{number:<4}{self.name:<13}"
         if self.note:
             return f"{head}{self.note}"
-        return (
-            f"{head}{self.examples:>8} {self.distinct:>9} {self.elements:>9} {self.worst:>11.2g} {self.seconds:>8.2f}"
-        )
+        remark = f"  {self.remark}" if self.remark else ""
+        numbers = f"{self.examples:>8} {self.distinct:>9} {self.elements:>9} {self.worst:>11.2g} {self.seconds:>8.2f}"
+        return head + numbers + remark
 
 
 @dataclass

@@ -92,8 +92,9 @@ def oracle_error(s: Sample, example: Example) -> tuple[Truth, dict[str, float]]:
         return truth, {}
     rounded = s.oracle.truth(layer, inputs, douts, s.seed)
     exact = {**truth.outs, **truth.grads}
-    errors = {n: (t, exact[n]) for n, t in {**rounded.outs, **rounded.grads}.items()}
-    return truth, {n: judge.largest(t.to(w) - w) for n, (t, w) in errors.items() if t is not None and w is not None}
+    errors = {n: (t, exact[n]) for n, t in {**rounded.outs, **rounded.grads}.items() if t is not None}
+    floating = {n: (t, w) for n, (t, w) in errors.items() if w is not None and w.is_floating_point()}
+    return truth, {n: judge.largest(t.to(w) - w) for n, (t, w) in floating.items()}
 
 
 def float32_limit(error: dict[str, float], floor: judge.Floor) -> judge.Limit:

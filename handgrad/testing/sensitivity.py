@@ -97,12 +97,18 @@ def _scale_grads(f: Faulty, douts: tuple[Tensor, ...]) -> None:
             p.grad.mul_(1 + f.size)
 
 
+def _trained(f: Faulty) -> list[Tensor]:
+    """The parameters that this backward gave a gradient, or else all: a frozen one, or a constant's, gets none."""
+    params = list(subject.parameters(f).values())
+    return [p for p in params if p.grad is not None] or params
+
+
 def _drop_last(f: Faulty, douts: tuple[Tensor, ...]) -> None:
-    list(subject.parameters(f).values())[-1].grad = None
+    _trained(f)[-1].grad = None
 
 
 def _share_last(f: Faulty, douts: tuple[Tensor, ...]) -> None:
-    p = list(subject.parameters(f).values())[-1]
+    p = _trained(f)[-1]
     p.grad = douts[0].detach().reshape(-1)[:1].expand(p.numel()).view(p.shape)
 
 
@@ -166,9 +172,11 @@ def _scaled_out(f: Faulty, *inputs: Any) -> Any:
 
 
 def _two_behaviours(s: Sample) -> bool:
-    with subject.private_rng(s.seed), torch.no_grad():
-        training, evaluation = (subject.forward(s.mode(mode).layer, s.inputs) for mode in (True, False))
-    return any(not judge.identical(a, b) for a, b in zip(training, evaluation))
+    outs = []
+    for mode in (True, False):
+        with subject.private_rng(s.seed), torch.no_grad():
+            outs.append(subject.forward(s.mode(mode).layer, s.inputs))
+    return any(not judge.identical(a, b) for a, b in zip(*outs))
 
 
 def _learns(s: Sample) -> bool:
@@ -182,7 +190,7 @@ def _learns(s: Sample) -> bool:
 # What a layer must have, by what the report says of one that does not.
 NEEDS: dict[str, Callable[[Sample], Any]] = {
     "no dx": lambda s: subject.differentiable(s.layer, s.inputs),
-    "no parameters": lambda s: subject.parameters(s.layer),
+    "no parameters": lambda s: any(s.result.grads.get(name) is not None for name in subject.parameters(s.layer)),
     "dout is a single number": lambda s: any(d.numel() > 1 for d in s.douts),
     "no modes": lambda s: subject.has_modes(s.layer),
     "training and evaluation do the same": _two_behaviours,

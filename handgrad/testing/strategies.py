@@ -80,11 +80,14 @@ def samples(draw: DrawFn, plan: Plan, edges: bool = False, special: bool = False
         if subject.buffers(layer):
             _warm_up(layer, other_inputs, draw(st.integers(0, 2)))
         subject.set_mode(layer, draw(st.integers(0, 2)) < 2)
-    mine, theirs = (_outs(layer, each, edges, seed) for each in (inputs, other_inputs))
+    subject.refuse_undeclared(layer, inputs)
+    probe = subject.clone(layer)
+    mine, theirs = (_outs(probe, each, edges, seed) for each in (inputs, other_inputs))
+    layer.random = subject.draws(probe, inputs)
     return Sample(
         layer,
         inputs,
-        tuple(_dout(draw, generator, out.shape) for out in mine),
+        tuple(_dout(draw, generator, out.shape) for out in mine),  # what has no gradient is not given its dout
         other_inputs,
         tuple(_dout(None, generator, out.shape) for out in theirs),
         Oracle(plan.reference, module, plan.differences),
@@ -235,7 +238,7 @@ def _outs(layer: Any, inputs: tuple[Any, ...], edges: bool, seed: int) -> tuple[
     """The outputs, to shape douts after; none where forward fails, which the property will then report."""
     try:
         with subject.private_rng(seed), torch.no_grad():
-            return subject.forward(subject.clone(layer), inputs)
+            return subject.forward(layer, inputs)
     except LayerCrash as crash:
         if not edges and is_refusal(layer, inputs, crash):
             reject()

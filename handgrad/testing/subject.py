@@ -9,16 +9,17 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from handgrad.layer import Layer
+from handgrad.layer import Layer, is_frozen
 from handgrad.losses.loss import Loss
-from handgrad.testing.errors import ContractError, LayerCrash
+from handgrad.testing.errors import CheckFailure, ContractError, LayerCrash
+from handgrad.testing.operations import SameNumbers, read_in
 
 CONTRACT = """The contract of a layer:
   forward(x) returns out, leaves x as it is, and records what backward needs on a stack.
@@ -41,6 +42,11 @@ def parameters(layer: Any) -> dict[str, Tensor]:
     listed = {id(p): p for p in layer.parameters()}
     names = {id(value): name for name, value in reversed(attributes.items())}
     return {names.get(key, f"parameters()[{i}]"): p for i, (key, p) in enumerate(listed.items())}
+
+
+def frozen(layer: Any) -> set[str]:
+    """The names of the parameters that get no gradient, because `freeze()` says so."""
+    return {name for name, p in parameters(layer).items() if is_frozen(p)}
 
 
 def buffers(layer: Any) -> dict[str, Tensor]:
@@ -76,6 +82,57 @@ def _tensors(value: Any, name: str, seen: set[int]) -> Iterator[tuple[str, Tenso
     elif hasattr(value, "backward") or hasattr(value, "parameters"):
         for key, item in getattr(value, "__dict__", {}).items():
             yield from _tensors(item, f"{name}.{key}" if name else key, seen)
+
+
+def refuse_undeclared(layer: Any, inputs: tuple[Any, ...]) -> None:
+    """Raise ContractError where forward reads a tensor that a Layer made for itself and did not declare.
+
+    The layer must be new: what a forward keeps in attributes is none of its tensors.
+    """
+    if not _undeclared(layer):
+        return
+    twin = clone(layer)
+    found = _undeclared(twin)
+    with private_rng():
+        read = read_in(lambda: twin.forward(*inputs), [(f"{path}.{name}", t) for path, _, name, t in found])
+    for path, inner, name, t in found:
+        if f"{path}.{name}" in read:
+            shape = ", ".join(f'"D{i}"' for i in range(t.dim())) if t.dim() > 1 else '"D"' * t.dim()
+            attribute = name.replace(".", "_")
+            alone = "; a tensor in a list or dict needs an attribute of its own for that" if "." in name else ""
+            raise ContractError(
+                f"forward of {name_of(inner)} reads {name}, a tensor that the layer does not declare, so to() leaves "
+                f"it behind on the old device and in the old dtype, and state_dict() without it; declare it at the top "
+                f"of the class: `{attribute}: Tensor = buffer({shape})` (or parameter, where it is trained; "
+                f"buffer(..., persistent=False) where state_dict() need not have it){alone}\n{CONTRACT}"
+            )
+
+
+def _undeclared(layer: Any) -> list[tuple[str, Layer, str, Tensor]]:
+    """The tensors in attributes that a Layer does not declare: the layer's path, itself, the attribute, the tensor."""
+    return [
+        (path, inner, name, t)
+        for path, inner in named_layers(layer)
+        if isinstance(inner, Layer)
+        for attribute, value in vars(inner).items()
+        if attribute != "_records" and attribute not in inner._declared
+        for name, t in _inside(attribute, value)
+    ]
+
+
+def _inside(name: str, value: Any) -> Iterator[tuple[str, Tensor]]:
+    """The tensor that a value is, or those in the lists, tuples and dicts of it, with their names."""
+    if isinstance(value, Tensor):
+        yield name, value
+    elif isinstance(value, (dict, list, tuple)):
+        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from _inside(f"{name}.{key}", item)
+
+
+def generators(layer: Any) -> list[torch.Generator]:
+    """The generators of random numbers among the attributes of the layer and of those inside it."""
+    attributes = [value for _, inner in named_layers(layer) for value in getattr(inner, "__dict__", {}).values()]
+    return [value for value in attributes if isinstance(value, torch.Generator)]
 
 
 def gradients(layer: Any) -> dict[str, Tensor | None]:
@@ -253,11 +310,12 @@ def raw_backward(layer: Any, inputs: tuple[Any, ...], douts: tuple[Tensor, ...],
 
 def named_dx(layer: Any, inputs: tuple[Any, ...], dx: Any) -> dict[str, Tensor]:
     """Check that backward returned a gradient for every floating input and nothing else; they come back by name."""
-    several = len(inputs) > 1 and not isinstance(unwrap(layer), Loss)
-    if several and not (isinstance(dx, tuple) and len(dx) == len(inputs)):
+    count = sum(name.startswith("dx") for name in input_names(layer, inputs))
+    several = count > 1
+    if several and not (isinstance(dx, tuple) and len(dx) == count):
         came = f"a tuple of {len(dx)}" if isinstance(dx, tuple) else _kind(dx)
         raise ContractError(
-            f"backward must return a tuple of {len(inputs)}, one entry per input of forward, got {came}\n{CONTRACT}"
+            f"backward must return a tuple of {count}, one entry per input of forward, got {came}\n{CONTRACT}"
         )
     wanted = differentiable(layer, inputs)
     returned = named("dx", dx if several else (dx,))
@@ -278,10 +336,12 @@ def differentiable(layer: Any, inputs: tuple[Any, ...]) -> dict[str, Tensor]:
 
 
 def input_names(layer: Any, inputs: tuple[Any, ...]) -> list[str]:
-    """How the gradients of the inputs are called: dx, or dx[0], dx[1], ...; a loss has one for its first input only."""
+    """How the gradients of the inputs are called: dx, or dx[0], dx[1], ...; a loss has none for its target."""
+    count = len(inputs)
     if isinstance(unwrap(layer), Loss):
-        return ["dx", "target", *(f"input {i}" for i in range(2, len(inputs)))]
-    return list(named("dx", inputs))
+        inside = honest(layer)
+        count = len(flatten(inside.form[0])) if isinstance(inside, Packed) else 1
+    return [*named("dx", inputs[:count]), *named("target", inputs[count:])]
 
 
 def _kind(value: Any) -> str:
@@ -340,13 +400,19 @@ def honest(layer: Any) -> Any:
 class Packed(StandIn):
     """A layer as the checks call it: tensors in, and a tuple of tensors out, however the layer itself nests them.
 
-    An LSTM cell takes (x, (h, c)) and returns (h, c), for example.
+    An LSTM cell takes (x, (h, c)) and returns (h, c), for example. A dout for every output goes in: what has no
+    gradient, such as indices, is given None.
+
+    A layer that draws random numbers draws the same ones whatever the dtype and layout of its inputs.
     """
 
     def __init__(self, layer: Any, form: tuple[Any, ...]) -> None:
         super().__init__(layer)
         self.form = form  # of the inputs: nested tuples of None, one None per tensor
         self.out_form: Any = None
+        self.floating: list[bool] = []  # by output
+        self.random = False  # whether forward draws random numbers, in training or in evaluation
+        self.drew = False  # whether the latest forward did
 
     def pack(self, inputs: tuple[Any, ...]) -> Any:
         """The inputs as the layer takes them."""
@@ -354,20 +420,53 @@ class Packed(StandIn):
 
     def forward(self, *inputs: Any) -> Any:
         """The layer's forward, all its outputs in one tuple."""
-        outs = super().forward(*self.pack(inputs))
+        with same_numbers(self) as numbers:
+            outs = super().forward(*self.pack(inputs))
+        self.drew = numbers is not None and numbers.drew
         self.out_form = form_of(outs)
-        return flatten(outs)
+        flat = flatten(outs)
+        self.floating = [not isinstance(out, Tensor) or out.is_floating_point() for out in flat]
+        return flat
 
     def backward(self, dout: Any, **keywords: Any) -> Any:
         """The layer's backward; where inputs are in tuples, all dx in one."""
-        dx = super().backward(nest(self.out_form, list(as_tuple(dout))), **keywords)
-        if not any(isinstance(part, tuple) for part in self.form):
+        douts = [d if floating else None for d, floating in zip(as_tuple(dout), self.floating)]
+        with same_numbers(self):
+            dx = super().backward(nest(self.out_form, douts), **keywords)
+        return dx if keywords else self.unpack(dx)
+
+    def unpack(self, dx: Any) -> Any:
+        """What backward returned, all dx in one tuple where inputs are in tuples."""
+        given = self.form[:1] if isinstance(unwrap(self), Loss) else self.form  # a target has no dx
+        if not any(isinstance(part, tuple) for part in given):
             return dx
-        wanted = self.form if len(self.form) > 1 else self.form[0]
-        if form_of(dx) != wanted and not keywords:
+        wanted = given if len(given) > 1 else given[0]
+        if form_of(dx) != wanted:
             raise ContractError(f"backward must return {_shown(wanted)}, got {_shown(form_of(dx))}\n{CONTRACT}")
         flat = flatten(dx)
         return flat if len(flat) > 1 else flat[0]
+
+
+def same_numbers(layer: Any) -> AbstractContextManager[SameNumbers | None]:
+    """Inside, a forward for this layer draws random numbers that depend on nothing but the seed and the shapes."""
+    inside = honest(layer)
+    return SameNumbers() if isinstance(inside, Packed) and inside.random else nullcontext()
+
+
+def draws(layer: Any, inputs: tuple[Any, ...]) -> bool:
+    """Whether forward draws random numbers, in training or in evaluation: a generator has moved on after it.
+
+    The layer must be a copy: what its forward does to it stays.
+    """
+    sources = [torch.default_generator, *generators(layer)]
+    for training in (True, False) if has_modes(layer) else (True,):
+        set_mode(layer, training)
+        with private_rng(), torch.no_grad(), suppress(CheckFailure):
+            before = [source.get_state() for source in sources]
+            forward(layer, inputs)
+            if not all(map(torch.equal, before, [source.get_state() for source in sources])):
+                return True
+    return False
 
 
 def packed(layer: Any, inputs: tuple[Any, ...]) -> Any:

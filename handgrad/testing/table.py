@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from handgrad.layer import Layer
 from handgrad.testing import subject
+from handgrad.tracked import tracked_by_autograd
 
 
 @dataclass(frozen=True)
@@ -48,9 +50,10 @@ class GradientTable:
 def gradient_table(model: Any, loss: Any, x: Any, target: Any) -> GradientTable:
     """Compare every gradient of one training step with autograd run through the model's own forward.
 
-    The rows are, as the backward meets them: the loss, dx of the loss (the gradient of the model's output), and for
-    each layer from the last to the first dx and its parameters. A layer without layers inside has a dx row for every
-    use; a layer whose input is integer has none.
+    The rows are, as the backward meets them: the loss, dx of the loss (the gradient of the model's output), the loss's
+    parameters, and for each layer from the last to the first dx and its parameters. A layer without layers inside has a
+    dx row for every use, and for each of several inputs: dx[0], dx[1]. An input that is integer has none, and so has
+    one that nobody wants the gradient of. A frozen parameter has no gradient, and its row says so.
 
     `exact` is bitwise equality. `approximate` allows ``sqrt(eps) S`` of rounding, eps of the tensor's dtype (3.5e-4 S
     in float32, 1.5e-8 S in float64), where S is the largest element of autograd's tensor, or a hundredth of the
@@ -58,7 +61,7 @@ def gradient_table(model: Any, loss: Any, x: Any, target: Any) -> GradientTable:
     finite is never approximate. The sharp proof is `check_layer`, or this table of a model in float64.
 
     Both runs use copies: the caller's model, its buffers and gradients and torch's global generator stay as they are.
-    The loss must be reduced to a scalar.
+    x, target and the model's output may be tuples. The loss must be reduced to a scalar.
 
     >>> from handgrad import CrossEntropy, Linear, Sequential, Tanh
     >>> generator = torch.Generator().manual_seed(1)
@@ -70,68 +73,104 @@ def gradient_table(model: Any, loss: Any, x: Any, target: Any) -> GradientTable:
     >>> table.ok
     True
     """
-    with torch.enable_grad():
+    with torch.enable_grad(), tracked_by_autograd():
         with subject.private_rng():
-            by_hand = _by_hand(subject.clone(model), subject.clone(loss), _detached(x), target)
+            by_hand, declined = _by_hand(subject.clone(model), subject.clone(loss), _each(_copied, x), target)
         with subject.private_rng():
-            by_autograd = _by_autograd(subject.clone(model), subject.clone(loss), _detached(x), target)
+            by_autograd = _by_autograd(subject.clone(model), subject.clone(loss), _each(_copied, x), target, declined)
     names = [*by_autograd, *(name for name in by_hand if name not in by_autograd)]
-    dout = by_autograd["dx of the loss"]
-    floor = 0.0 if dout is None else 1e-2 * _max_abs(dout)  # what is 0 but for rounding: a bias before a batch norm
-    return GradientTable(tuple(_row(name, by_hand.get(name), by_autograd.get(name), floor) for name in names))
+    # what is 0 but for rounding: a bias before a batch norm
+    douts = [t for name, t in by_autograd.items() if name.endswith(OF_LOSS) and t is not None]
+    floor = 1e-2 * max(map(_max_abs, douts), default=0.0)
+    frozen = subject.frozen(model) | {f"loss.{name}" for name in subject.frozen(loss)}
+    return GradientTable(
+        tuple(_row(name, by_hand.get(name), by_autograd.get(name), floor, name in frozen) for name in names)
+    )
 
 
+OF_LOSS = " of the loss"
 Gradients = dict[str, "Tensor | None"]
+Uses = dict[str, list[dict[str, Any]]]
+"""For each layer by its path: the gradients of its inputs by name, in one dict per use, the last use first."""
+Declined = set[tuple[str, int]]
+"""The uses, by path and number, of which nobody wants dx."""
 
 
-def _by_hand(model: Any, loss: Any, x: Any, target: Any) -> Gradients:
+def _by_hand(model: Any, loss: Any, x: Any, target: Any) -> tuple[Gradients, Declined]:
     """Run the model's and the loss's own backward, and note what each layer returns."""
-    uses: dict[str, list[Tensor | None]] = defaultdict(list)
+    uses: Uses = defaultdict(list)
 
     def note(path: str, layer: Any) -> None:
-        backward = layer.backward
+        backward, told = layer.backward, getattr(layer, "takes_need_dx", False)
+        layer.takes_need_dx = True  # so that it is known where nobody wants dx
 
-        def noting(*args: Any, **kwargs: Any) -> Any:
-            dx = backward(*args, **kwargs)
-            first = dx[0] if isinstance(dx, tuple) else dx  # of several inputs the first, as for autograd below
-            uses[path].append(first if isinstance(first, Tensor) else None)
+        def noting(*args: Any, need_dx: bool = True, **kwargs: Any) -> Any:
+            dx = backward(*args, need_dx=need_dx, **kwargs) if told else backward(*args, **kwargs)
+            uses[path].append(subject.named("dx", subject.flatten(dx)) if need_dx else {})
             return dx
 
         layer.backward = noting
 
     _wrap_leaves(model, note)
-    value = loss.forward(model.forward(x), target)
+    value = loss.forward(_call(model, x), target)
     dout = loss.backward()
-    model.backward(dout.clone())
-    return _assemble(model, value, dout, uses)
+    model.backward(_each(_copied, dout))
+    declined = {(path, i) for path, several in uses.items() for i, used in enumerate(several) if not used}
+    return _assemble(model, loss, value, dout, uses), declined
 
 
-def _by_autograd(model: Any, loss: Any, x: Any, target: Any) -> Gradients:
-    """Run forward with autograd recording; each layer reads its input through an alias that keeps the gradient."""
-    aliases: dict[str, list[Tensor | None]] = defaultdict(list)
+def _by_autograd(model: Any, loss: Any, x: Any, target: Any, declined: Declined) -> Gradients:
+    """Run forward with autograd recording; each layer reads its inputs through aliases that keep the gradient."""
+    aliases: Uses = defaultdict(list)
 
     def note(path: str, layer: Any) -> None:
         forward = layer.forward
 
-        def noting(x: Any, *args: Any, **kwargs: Any) -> Any:
-            alias = None
-            if isinstance(x, Tensor) and x.is_floating_point():
-                x = alias = x.view_as(x)
-                alias.retain_grad()
-            aliases[path].insert(0, alias)
-            return forward(x, *args, **kwargs)
+        def noting(*args: Any, **kwargs: Any) -> Any:
+            if torch.is_grad_enabled():  # inside a Constant nothing goes back
+                args = _each(_alias, args)
+                given = tuple(x for x in subject.flatten(args) if isinstance(x, Tensor))
+                aliases[path].insert(0, subject.named("dx", given))
+            return forward(*args, **kwargs)
 
         layer.forward = noting
 
     _wrap_leaves(model, note)
-    for param in subject.parameters(model).values():
-        param.requires_grad_()
-    out = model.forward(x.requires_grad_() if x.is_floating_point() else x)
-    out.retain_grad()
+    for owner in (model, loss):
+        frozen = subject.frozen(owner)
+        for name, param in subject.parameters(owner).items():
+            param.requires_grad_(name not in frozen)
+    out = _each(_alias, _call(model, x))
     value = loss.forward(out, target)
     value.backward()
-    uses = {path: [None if t is None else t.grad for t in used] for path, used in aliases.items()}
-    return _assemble(model, value.detach(), out.grad, uses)
+    uses = {
+        path: [{} if (path, i) in declined else {n: t.grad for n, t in used.items()} for i, used in enumerate(several)]
+        for path, several in aliases.items()
+    }
+    return _assemble(model, loss, value.detach(), _each(lambda t: t.grad, out), uses)
+
+
+def _call(model: Any, x: Any) -> Any:
+    """The model's output; a tuple is spread over several inputs as in a container."""
+    return model.forward_at(None, x) if isinstance(model, Layer) else model.forward(x)
+
+
+def _each(function: Callable[[Any], Any], value: Any) -> Any:
+    """The function of a value, or of each one in nested tuples."""
+    return tuple(_each(function, v) for v in value) if isinstance(value, tuple) else function(value)
+
+
+def _copied(x: Any) -> Any:
+    return x.detach().clone() if isinstance(x, Tensor) else x
+
+
+def _alias(x: Any) -> Any:
+    """Another tensor object for the same values, whose gradient autograd keeps; of what has none, x itself."""
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        return x
+    alias = x.view_as(x) if x.requires_grad else x.detach().requires_grad_()
+    alias.retain_grad()
+    return alias
 
 
 def _wrap_leaves(model: Any, wrap: Callable[[str, Any], None]) -> None:
@@ -140,26 +179,30 @@ def _wrap_leaves(model: Any, wrap: Callable[[str, Any], None]) -> None:
             wrap(path, layer)
 
 
-def _assemble(model: Any, value: Tensor, dout: Tensor | None, uses: dict[str, list[Tensor | None]]) -> Gradients:
+def _assemble(model: Any, loss: Any, value: Tensor, dout: Any, uses: Uses) -> Gradients:
     """Name the gradients, in the order in which a backward meets them."""
-    gradients: Gradients = {"loss": value, "dx of the loss": dout}
+    gradients: Gradients = {"loss": value}
+    gradients |= {f"{name}{OF_LOSS}": d for name, d in subject.named("dx", subject.flatten(dout)).items()}
+    gradients |= {f"loss.{name}": param.grad for name, param in subject.parameters(loss).items()}
     params = subject.parameters(model)
     for path, layer in reversed(subject.named_layers(model)):
-        used = [t for t in uses.get(path, []) if t is not None]
-        for i, dx in enumerate(used):
-            nth = f", use {len(used) - i}" if len(used) > 1 else ""
-            gradients[f"{_join(path, 'dx')} ({type(layer).__name__}{nth})"] = dx
+        several = uses.get(path, [])
+        for i, used in enumerate(several):
+            nth = f", use {len(several) - i}" if len(several) > 1 else ""
+            rows = {f"{_join(path, name)} ({type(layer).__name__}{nth})": dx for name, dx in used.items()}
+            gradients |= {name: dx for name, dx in rows.items() if isinstance(dx, Tensor)}
         for name, param in params.items():
             if name.rpartition(".")[0] == path:
                 gradients[name] = param.grad
     return {**gradients, **{name: param.grad for name, param in params.items() if name not in gradients}}
 
 
-def _row(name: str, got: Tensor | None, want: Tensor | None, floor: float) -> Row:
-    if got is None and want is None:
-        return Row(name, True, True, 0.0, "no gradient")
+def _row(name: str, got: Tensor | None, want: Tensor | None, floor: float, frozen: bool) -> Row:
+    if want is None and (got is None or (not frozen and _max_abs(got) == 0)):
+        return Row(name, True, True, 0.0, "frozen" if frozen else "no gradient")
     if got is None or want is None:
-        return Row(name, False, False, float("inf"), "missing by hand" if got is None else "none by autograd")
+        extra = "frozen, yet there is one by hand" if frozen else "none by autograd"
+        return Row(name, False, False, float("inf"), "missing by hand" if got is None else extra)
     if got.shape != want.shape or got.dtype is not want.dtype:
         note = f"{tuple(got.shape)} {got.dtype} instead of {tuple(want.shape)} {want.dtype}"
         return Row(name, False, False, float("inf"), note)
@@ -171,10 +214,6 @@ def _row(name: str, got: Tensor | None, want: Tensor | None, floor: float) -> Ro
 def _max_abs(t: Tensor) -> float:
     """The largest magnitude; NaN where there is one, 0 for an empty tensor."""
     return float(t.detach().abs().max()) if t.numel() else 0.0
-
-
-def _detached(x: Any) -> Any:
-    return x.detach().clone()
 
 
 def _join(path: str, name: str) -> str:

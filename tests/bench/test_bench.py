@@ -35,8 +35,9 @@ def test_both_sides_of_every_twin_agree_and_are_measured(name):
 
 def test_what_only_calls_others_is_measured_on_request():
     by_default = {twin.name for twin in chosen(None, None)}
-    containers = {"Identity", "Residual", "Sum", "Product", "Concat", "Parallel", "Sequential", "from_torch"}
-    assert by_default == TWINS.keys() - containers
+    others = {"Identity", "Residual", "Sum", "Product", "Concat", "Parallel", "Sequential", "from_torch"}
+    others |= {"Constant", "Graph", "Losses"}
+    assert by_default == TWINS.keys() - others
     assert [twin.name for twin in chosen(["Residual"], None)] == ["Residual"]
 
 

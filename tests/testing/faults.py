@@ -205,41 +205,92 @@ faults(
 )
 faults(
     hg.Residual,
-    ("the body forgotten", "return dout + dx if", "return dout + 0 * dx if"),
-    ("the connection forgotten", "return dout + dx if", "return dx + 0 if"),
-    ("the difference", "return dout + dx if", "return dout - dx if"),
-    ("added into dout", "return dout + dx if", "return dout.add_(dx) if", "ownership"),
-    ("averaged", "return dout + dx if", "return (dout + dx) / 2 if"),
-    ("the body gets half", '"body", dout, need_dx', '"body", dout / 2, need_dx'),
+    ("the body forgotten", "return plus(dout, dx)", "return dout"),
+    ("the connection forgotten", "return plus(dout, dx)", "return dx"),
+    ("the difference", "return plus(dout, dx)", "return plus(dout, plus(dx, plus(dx, dx)))"),
+    ("added into dout", "return plus(dout, dx)", "return dout.add_(dx)", "ownership"),
+    ("dout twice", "return plus(dout, dx)", "return plus(dout, plus(dout, dx))"),
+    ("the body twice", '"body", dout, need_dx', '"body", plus(dout, dout), need_dx'),
 )
 faults(
     hg.Sum,
     ("averaged", "[dout] * len(self.layers)", "[dout / len(self.layers)] * len(self.layers)"),
-    ("the first body's dx only", "return _total(dxs) if", "return dxs[0] if"),
-    ("the last body's dx only", "return _total(dxs) if", "return dxs[-1] if"),
+    ("the first body's dx only", "return total(dxs) if", "return dxs[0] if"),
+    ("the last body's dx only", "return total(dxs) if", "return dxs[-1] if"),
     ("the last body gets nothing", "[dout] * len(self.layers)", "[*[dout] * (len(self.layers) - 1), 0 * dout]"),
     ("dout written to", "self.pop(dout)", "self.pop(dout); dout.mul_(1)", "ownership"),
-    ("dx doubled", "return _total(dxs) if", "return 2 * _total(dxs) if"),
+    ("dx doubled", "return total(dxs) if", "return plus(total(dxs), total(dxs)) if"),
 )
 faults(
     hg.Product,
-    ("the other factor forgotten", "douts[i] = douts[i] * after", "pass"),
-    ("its own factor, not the other's", "douts[i] * after", "douts[i] * outs[i]"),
-    ("the factors before it forgotten", "douts[i] * after", "dout * after"),
-    ("as for a sum", "douts.append(douts[-1] * factor)", "douts.append(dout)"),
-    ("the first body's dx only", "return _total(dxs) if", "return dxs[0] if"),
-    ("factors multiplied in place", "douts[-1] * factor", "douts[-1].mul_(factor)"),
-)
+    ("the other factor forgotten", "times_the_others(dout, outs)", "[dout] * len(outs)"),
+    ("its own factor, not the other's", "times_the_others(dout, outs)", "[dout * out for out in outs]"),
+    ("the factors exchanged", "times_the_others(dout, outs)", "times_the_others(dout, outs)[::-1]"),
+    ("all factors, its own included", "times_the_others(dout, outs)",
+     "[out * d for out, d in zip(outs, times_the_others(dout, outs))]"),
+    ("the first body's dx only", "return total(dxs) if", "return dxs[0] if"),
+    ("factors multiplied in place", "times_the_others(dout, outs)",
+     "times_the_others(dout, [out.mul_(1) for out in outs])"),
+)  # fmt: skip
 faults(
     hg.Concat,
     ("pieces in reversed order", "dxs = self._backward_each(list(torch.split(dout, sizes, self.dim)), need_dx)",
      "dxs = self._backward_each([p.flip(self.dim) for p in torch.split(dout, sizes, self.dim)], need_dx)"),
-    ("the first body's dx only", "return _total(dxs) if", "return dxs[0] if"),
-    ("averaged", "return _total(dxs) if", "return _total(dxs) / len(dxs) if"),
+    ("the first body's dx only", "return total(dxs) if", "return dxs[0] if"),
+    ("averaged", "return total(dxs) if", "return total(dxs) / len(dxs) if"),
     ("dout written to", "(sizes,) = self.pop(dout)", "(sizes,) = self.pop(dout); dout.mul_(1)", "ownership"),
-    ("dx with a dimension more", "return _total(dxs) if", "return _total(dxs)[None] if"),
+    ("dx with a dimension more", "return total(dxs) if", "return total(dxs)[None] if"),
     ("equal pieces of doubled dout", "torch.split(dout, sizes", "torch.split(2 * dout, sizes"),
 )  # fmt: skip
+faults(
+    hg.Constant,
+    ("dout handed on", "with_zeros(None, spec)", "dout"),
+    ("no dx at all", "with_zeros(None, spec) if need_dx else None", "None"),
+    ("ones", "with_zeros(None, spec)", "with_zeros(None, spec) + 1"),
+    ("nearly nothing", "with_zeros(None, spec)", "with_zeros(None, spec) + 1e-6"),
+    ("dx with a dimension more", "with_zeros(None, spec)", "with_zeros(None, spec)[None]"),
+    ("the record looked at, not taken", "self.pop(dout)", "self._records[-1][0]", "reuse"),
+)
+faults(
+    hg.Add,
+    ("averaged", "[dout] * count", "[dout / count] * count"),
+    ("the first input alone", "[dout] * count", "[dout, *[0 * dout] * (count - 1)]"),
+    ("the sign of the last", "[dout] * count", "[*[dout] * (count - 1), -dout]"),
+    ("doubled", "[dout] * count", "[2 * dout] * count"),
+    ("written to in place", "[dout] * count", "[dout.mul_(1)] * count", "ownership"),
+    ("one dx for all inputs", "per_input([dout] * count)", "dout"),
+)
+faults(
+    hg.Multiply,
+    ("as for a sum", "times_the_others(dout, xs)", "[dout] * len(xs)"),
+    ("its own factor, not the others'", "times_the_others(dout, xs)", "[dout * x for x in xs]"),
+    ("the factors exchanged", "times_the_others(dout, xs)", "times_the_others(dout, xs)[::-1]"),
+    ("all factors, its own included", "times_the_others(dout, xs)",
+     "[x * d for x, d in zip(xs, times_the_others(dout, xs))]"),
+    ("dout forgotten", "times_the_others(dout, xs)", "times_the_others(dout * 0 + 1, xs)"),
+    ("inputs written to", "times_the_others(dout, xs)", "times_the_others(dout, [x.mul_(1) for x in xs])", "ownership"),
+)  # fmt: skip
+faults(
+    hg.Cat,
+    ("pieces turned round", "torch.split(dout, sizes, self.dim)",
+     "[p.flip(self.dim) for p in torch.split(dout, sizes, self.dim)]"),
+    ("halved", "torch.split(dout, sizes", "torch.split(dout / 2, sizes"),
+    ("pieces exchanged", "torch.split(dout, sizes, self.dim)", "torch.split(dout, sizes[::-1], self.dim)[::-1]"),
+    ("a dimension lost", "torch.split(dout, sizes, self.dim)",
+     "[p.flatten(-2) for p in torch.split(dout, sizes, self.dim)]"),
+    ("dout written to", "(sizes,) = self.pop(dout)", "(sizes,) = self.pop(dout); dout.mul_(1)", "ownership"),
+    ("the first piece for all", "torch.split(dout, sizes, self.dim)",
+     "[torch.split(dout, sizes, self.dim)[0]] * len(sizes)"),
+)  # fmt: skip
+faults(
+    hg.Graph,
+    ("a value read twice gets the last gradient", "dx if douts[only] is None else plus(douts[only], dx)", "dx"),
+    ("a value read twice gets the first gradient", "plus(douts[only], dx)", "douts[only]"),
+    ("forwards, not in reverse", "in reversed(self._steps)", "in self._steps"),
+    ("several inputs get nothing", "_send(douts, step.sources, dx, counts)", "pass"),
+    ("the inputs exchanged", "zip(douts, specs)", "zip(douts[: len(specs)][::-1], specs)"),
+    ("nobody told whose dx is wanted", "need_dx or step.feeds_nodes", "step.feeds_nodes"),
+)
 faults(
     hg.Parallel,
     ("all the same dout", "list(dout)", "[dout[0] for _ in dout]"),
@@ -248,6 +299,16 @@ faults(
     ("a list, not a tuple", "return tuple(dxs) if", "return list(dxs) if"),
     ("doubled", "list(dout)", "[2 * d for d in dout]"),
     ("the first dx for all", "return tuple(dxs) if", "return (dxs[0],) * len(dxs) if"),
+)
+
+faults(
+    hg.Losses,
+    ("weights forgotten", "self.weights[i])", "1.0)"),
+    ("the first weight for all", "self.weights[i])", "self.weights[0])"),
+    ("weights squared", "self.weights[i])", "self.weights[i] ** 2)"),
+    ("dout forgotten", "dloss if dout is None else dloss * dout", "dloss"),
+    ("dx exchanged", "return tuple(dxs)", "return tuple(dxs[::-1])"),
+    ("averaged", "dloss if dout is None else dloss * dout", "dloss / 2 if dout is None else dloss * dout / 2"),
 )
 
 # ---------------------------------------------------------------- activations
@@ -420,17 +481,17 @@ faults(
     ("the steps' dx in reversed order", "dxs[::-1]", "dxs"),
     ("dx stacked along another dimension", "dxs[::-1], self.dim", "dxs[::-1], 1 - self.dim"),
     ("never cut", "_each(torch.zeros_like, dstate)", "dstate"),
-    ("the gradient of the last state forgotten", "dout, dstate = dout if self.return_state else (dout,",
-     "dout = dout[0] if self.return_state else dout; dout, dstate = (dout,"),
-    ("the gradient of the last state written to", "dout, dstate = dout if self.return_state",
-     "dout, dstate = (dout[0], _each(lambda d: d.mul_(1), dout[1])) if self.return_state", "ownership"),
+    ("the gradient of the last state forgotten", "dout, dstate = dout if returned else (dout,",
+     "dout = dout[0] if returned else dout; dout, dstate = (dout,"),
+    ("the gradient of the last state written to", "dout, dstate = dout if returned",
+     "dout, dstate = (dout[0], _each(lambda d: d.mul_(1), dout[1])) if returned", "ownership"),
 )  # fmt: skip
 faults(
     hg.RNN,
     ("the state's gradient not handed on", "(dout_t + dh)", "dout_t"),
     ("only the last state's gradient", "(dout_t + dh)", "(0 * dout_t + dh)"),
-    ("the gradient of the last state forgotten", "dout if self.return_state else (dout, 0)",
-     "(dout[0] if self.return_state else dout, 0)"),
+    ("the gradient of the last state forgotten", "dout if returned else (dout, 0)",
+     "(dout[0] if returned else dout, 0)"),
     ("the steps' gradients in reversed order", "das[::-1]", "das"),
     ("the first state's gradient before weight_hh", "(dx, dh)", "(dx, das[-1])"),
     ("the slope at the state before", "1 - h[1:] * h[1:]", "1 - h[:-1] * h[:-1]"),
@@ -449,8 +510,8 @@ faults(
     ("r before weight_ih, too", "dh_all * sn]", "dh_all * sn * r]"),
     ("the direct way to h forgotten", "torch.addcmul(db_t @ weight_hh, dhs[-1], z_t)", "db_t @ weight_hh"),
     ("the direct way alone", "torch.addcmul(db_t @ weight_hh, dhs[-1], z_t)", "dhs[-1] * z_t"),
-    ("the gradient of the last state forgotten", "dout if self.return_state else (dout,",
-     "(dout[0] if self.return_state else dout,"),
+    ("the gradient of the last state forgotten", "dout if returned else (dout,",
+     "(dout[0] if returned else dout,"),
     ("the steps' gradients in reversed order", "dhs[::-1]", "dhs"),
     ("h of the step after in dz", "(h[:-1] - n)", "(h[1:] - n)"),
 )  # fmt: skip

@@ -15,6 +15,7 @@ from torch import Tensor
 
 import handgrad as hg
 from handgrad.errors import HandgradError
+from handgrad.tracked import tracked_by_autograd
 from tests.cases import CASES, OPTIMIZERS
 from tests.mutate import first_failure, quick
 from tests.testing.faults import PLANTED, Fault
@@ -53,7 +54,8 @@ def one_pass(fault: Fault, dout: Callable[[Tensor], Tensor]) -> bool:
     twin = copy.deepcopy(layer)
     leaves = [x.clone().requires_grad_() if x.is_floating_point() else x for x in inputs]
     params = [p.requires_grad_() for p in twin.parameters()]
-    out = twin.forward(*leaves)
+    with tracked_by_autograd():
+        out = twin.forward(*leaves)
     d = dout(out.detach())
     out.backward(d)
     with fault.planted():

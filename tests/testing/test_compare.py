@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from handgrad import LSTM, Linear, Sequential, Tanh, twins
+import handgrad
+from handgrad import LSTM, Layer, Linear, Sequential, Tanh, twins
 from handgrad.testing import GradientMismatch, OracleError, compare
 
 
@@ -60,3 +61,63 @@ def test_inputs_and_outputs_may_be_nested():
     state = (torch.randn(2, 4), torch.randn(2, 4))
     compare(LSTM(3, 4, return_state=True), twins.LSTM(3, 4, return_state=True), torch.randn(5, 2, 3))
     compare(LSTM(3, 4, return_state=True), twins.LSTM(3, 4, return_state=True), (torch.randn(5, 2, 3), state))
+
+
+def test_a_graph_and_its_twin():
+    """Several inputs and outputs, indices, a shared layer; the same text makes both."""
+
+    def model(lib):
+        tower = lib.Linear(4, 4)
+        return lib.Graph(
+            "x t",
+            "out enc.1",
+            e=(lib.Embedding(5, 4), "t"),
+            enc=(lib.GRU(3, 4, return_state=True), "x"),
+            l=(tower, "e"),
+            r=(tower, "enc.1"),
+            out=(lib.Multiply(), "l r"),
+        )
+
+    compare(model(handgrad), model(twins), (torch.randn(6, 2, 3), torch.randint(5, (2,))))
+
+
+def test_what_is_frozen_has_no_gradient_on_either_side():
+    """Whether the module's parameters require grad or not."""
+    layer, theirs = (
+        Sequential(Linear(3, 3), Tanh(), Linear(3, 2)),
+        nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 2)),
+    )
+    layer[0].freeze()
+    compare(layer, theirs, torch.randn(4, 3))
+    theirs[0].requires_grad_(False)
+    compare(layer, theirs, torch.randn(4, 3))
+
+    class Writes(Linear):
+        def backward(self, dout, need_dx=True):
+            self.bias.grad = dout.sum(0)
+            return super().backward(dout, need_dx)
+
+    with pytest.raises(GradientMismatch, match="bias is wrong in training step 1: there is no gradient, yet"):
+        compare(Writes(3, 2).freeze(), nn.Linear(3, 2), torch.randn(4, 3))
+
+
+def test_a_constant_gets_nothing():
+    compare(handgrad.Constant(Linear(3, 2)), twins.Constant(nn.Linear(3, 2)), torch.randn(4, 3))
+
+
+def test_outputs_that_are_indices_are_compared():
+    class Largest(Layer):
+        def forward(self, x):
+            out = tuple(x.max(-1))
+            self.push(x, out[1], out=out)
+            return out
+
+        def backward(self, dout):
+            x, where = self.pop(dout)
+            return torch.zeros_like(x).scatter(-1, where.unsqueeze(-1), dout[0].unsqueeze(-1))
+
+    class Module(nn.Module):
+        def forward(self, x):
+            return tuple(x.max(-1))
+
+    compare(Largest(), Module(), torch.randn(4, 3))

@@ -8,7 +8,7 @@ import hypothesis
 import pytest
 import torch
 
-from handgrad import Embedding, Layer, parameter
+from handgrad import Embedding, Layer, Linear, Parallel, Sequential, Tanh, parameter
 from handgrad.testing import CheckFailure, check_layer
 from handgrad.testing.hints import Hint, agreed
 
@@ -321,3 +321,48 @@ def test_several_examples_are_heard():
     assert agreed([by_chance], {"x (3, 3)": []}) == ["it equals dout"]
     third = {"x (3, 3)": [large], "x (3, 2)": [ratio(3, "x.shape[0]")]}
     assert agreed([], third) == ["on another example, x (3, 3): it is 3 times the right one, which is x.shape[0]"]
+
+
+ORDER = "2 times, and it is right when the first backward takes the first of its records: run the backwards in reverse"
+
+
+def test_backwards_of_a_shared_layer_first_to_last():
+    """Each takes the latest record, which is that of the other use."""
+
+    class Tower(Layer):
+        def __init__(self, tower):
+            self.tower = tower
+
+        def forward(self, a, b):
+            out = self.tower.forward_at("tower", a), self.tower.forward_at("tower", b)
+            self.push(out=out)
+            return out
+
+        def backward(self, dout):
+            self.pop(dout)
+            return tuple([self.tower.backward_at("tower", d) for d in dout])
+
+    class InOrder(Parallel):
+        def _backward_each(self, douts, need_dx):
+            return [body.backward_at(i, d, need_dx) for i, (body, d) in enumerate(zip(self.layers, douts))]
+
+    def shared(D):
+        linear = Linear(D, D)
+        return InOrder(linear, linear)
+
+    assert f"forward uses tower (Linear) {ORDER}" in hints_of(lambda D: Tower(Linear(D, 3)), ["N D", "N D"])[0]
+    found = hints_of(lambda D: Tower(Sequential(Linear(D, 3), Tanh())), ["N D", "M D"], sizes={"N": (2, 4)})
+    assert f"forward uses tower (Sequential) {ORDER}" in found[0]
+    assert f"forward uses 0 (Linear) {ORDER}" in hints_of(shared, [("N D", "N D")])[0]
+
+
+def test_another_mistake_in_a_layer_used_twice_is_not_laid_at_the_order():
+    class Wrong(Linear):
+        def backward(self, dout, need_dx=True):
+            return 2 * super().backward(dout)
+
+    def twice(D):
+        wrong = Wrong(D, D)
+        return Sequential(wrong, Tanh(), wrong)
+
+    assert not any("in reverse" in hint for hint in hints_of(twice, "N D"))

@@ -190,25 +190,28 @@ def assert_plumbing(s: Sample) -> None:
     if _importable(subject.unwrap(layer)):
         twins["pickled"] = pickle.loads(pickle.dumps(layer))
     if hasattr(layer, "state_dict") and hasattr(layer, "load_state_dict"):
-        stranger = s.copy()
-        for tensor in {**subject.parameters(stranger), **subject.buffers(stranger)}.values():
+        stranger, state = s.copy(), {name: t.clone() for name, t in start.state_dict().items()}
+        carried = {name: b for name, b in subject.buffers(stranger).items() if name in state}  # those that persist
+        for tensor in {**subject.parameters(stranger), **carried}.values():
             tensor.zero_()
-        stranger.load_state_dict({name: t.clone() for name, t in start.state_dict().items()})
+        stranger.load_state_dict(state)
         twins["loaded by state_dict"] = stranger
     for how, twin in twins.items():
         if isinstance(subject.unwrap(twin), Layer) and twin.pending:
             raise ContractError(f"a {how} layer must not bring its records along: {twin.pending} wait in it")
         if "state_dict" not in how:
-            _restore_buffers(twin, start)
+            _restore(twin, start)
         _same(subject.run(twin, s.inputs, s.douts, s.seed), s.result, s, f" in a {how} layer")
 
 
-def _restore_buffers(twin: Any, start: Any) -> None:
-    """Take back what the waiting forward did to the buffers."""
+def _restore(twin: Any, start: Any) -> None:
+    """Take back what the waiting forward did to buffers and generators."""
     theirs = subject.buffers(start)
     for name, b in subject.buffers(twin).items():
         if name in theirs and b.shape == theirs[name].shape:
             b.copy_(theirs[name])
+    for ours, generator in zip(subject.generators(twin), subject.generators(start)):
+        ours.set_state(generator.get_state())
 
 
 def _importable(layer: Any) -> bool:

@@ -36,7 +36,7 @@ def assert_gradients(s: Sample) -> None:
         twin = s.copy()
         with subject.recording(s.seed):
             subject.forward(twin, s.inputs)
-            dx = subject.unwrap(twin).backward()
+            dx = twin.unpack(subject.unwrap(twin).backward())
         got = {**subject.named_dx(twin, s.inputs, dx), **subject.gradients(twin)}
         want = s.run(douts=(torch.ones_like(s.douts[0]),)).grads
         judge.judge(got, want, s.same_code, " for backward() without dout, which means 1")
@@ -83,7 +83,7 @@ def assert_edges(s: Sample) -> None:
         raise
     if all(d.numel() == 0 for d in s.douts):
         have_gradients = {**subject.differentiable(s.layer, s.inputs), **subject.parameters(s.layer)}
-        zeros = _each(torch.zeros_like, have_gradients)
+        zeros = {n: None if s.truth.grads.get(n) is None else torch.zeros_like(t) for n, t in have_gradients.items()}
         judge.judge(result.grads, zeros, judge.exactly, " for an output without elements (it must be exact zeros)")
     else:
         _assert_true(s)
@@ -124,7 +124,7 @@ def assert_dtypes(s: Sample) -> None:
             raise ContractError(f"{name} is {tensor.dtype} in a layer of {wanted}", tensor=name)
     truth, error = rounding.oracle_error(s, example)
     want = {**truth.outs, **truth.grads}
-    ours = _each(lambda t: t.to(torch.float64), {**got.outs, **got.grads})
+    ours = _each(lambda t: t.to(torch.float64) if t.is_floating_point() else t, {**got.outs, **got.grads})
     text = " in float32 (allowed: 4 times autograd's own float32 error + 16 eps)"
     # An out may be what is left of larger numbers, which the oracle may have added up in another, luckier order; and a
     # saturated slope is what 1 - out leaves, with the rounding of 1, which the oracle may have from the exponential.

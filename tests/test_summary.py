@@ -1,0 +1,54 @@
+"""The summary of a model: shapes, parameters, what is frozen, what is recorded; as text and as HTML."""
+
+from __future__ import annotations
+
+import torch
+
+from handgrad import GRU, Add, BatchNorm1d, Dropout, Embedding, Flatten, Graph, Linear, Sequential, Tanh
+
+
+def test_rows_say_shapes_parameters_and_recorded_bytes():
+    model = Sequential(Embedding(7, 2), Flatten(), Linear(6, 5), Tanh(), Linear(5, 3, bias=False).freeze())
+    summary = model.summary(torch.zeros(4, 3, dtype=torch.int64))
+    found = {row.path: (row.outputs, row.parameters, row.frozen, row.recorded) for row in summary.rows}
+    assert found == {
+        "": (("(4, 3)",), 0, 0, 0),
+        "0": (("(4, 3, 2)",), 14, 0, 4 * 3 * 8),  # the indices
+        "1": (("(4, 6)",), 0, 0, 0),
+        "2": (("(4, 5)",), 35, 0, 4 * 6 * 4),  # its input
+        "3": (("(4, 5)",), 0, 0, 4 * 5 * 4),  # its output
+        "4": (("(4, 3)",), 15, 15, 0),  # its input, which counts above
+    }
+    assert str(summary).splitlines()[-1].split() == ["total", "64", "(15", "frozen)", "272", "bytes"]
+
+
+def test_a_layer_used_twice_and_a_shared_tensor_count_once():
+    shared = Linear(3, 3)
+    other = Linear(3, 3)
+    other.weight = shared.weight
+    rows = Graph("x", "out", a=(shared, "x"), b=(shared, "a"), c=(other, "b"), out=(Add(), "b c")).summary(
+        torch.ones(2, 3)
+    )
+    by_path = {row.path: row for row in rows.rows}
+    assert by_path["a"].outputs == ("(2, 3)", "(2, 3)")
+    assert (by_path["a"].parameters, by_path["c"].parameters) == (12, 3)
+
+
+def test_the_model_stays_as_it_was():
+    model = Sequential(BatchNorm1d(3), Dropout(0.5), GRU(3, 2, return_state=True))
+    state = {key: t.clone() for key, t in model.state_dict().items()}
+    torch.manual_seed(1)
+    expected = torch.rand(3)
+    torch.manual_seed(1)
+    assert "(4, 2), (2,)" in str(model.summary(torch.randn(4, 3)))
+    torch.manual_seed(1)
+    model.summary(torch.zeros(4, 3))
+    assert torch.equal(torch.rand(3), expected)  # the global generator, too
+    assert model.pending == 0
+    assert all(torch.equal(t, state[key]) for key, t in model.state_dict().items())
+
+
+def test_html_is_escaped():
+    html = Linear(3, 4).summary(torch.ones(2, 3))._repr_html_()
+    assert "<td>Linear(3 -&gt; 4)</td>" in html
+    assert html.startswith("<table><tr><th></th><th>layer</th>")
