@@ -24,6 +24,7 @@ from handgrad.summary import Summary, summarize
 from handgrad.tracked import refuse_tracked
 
 L = TypeVar("L", bound="Layer")
+T = TypeVar("T")
 MANY = float("inf")  # inputs: as many as a forward of *inputs is given
 
 
@@ -353,7 +354,7 @@ class Layer:
         """The layers held in attributes, or in dicts, lists and tuples there, nested or not, with their names."""
         for name, value in vars(self).items():
             if name != "_records":
-                yield from _layers_in(name, value)
+                yield from held(Layer, name, value)
 
     def named_layers(self, prefix: str = "") -> Iterator[tuple[str, Layer]]:
         """Yield this layer and every layer inside, each object once, with its path ("" for this one)."""
@@ -567,12 +568,13 @@ def arity(forward: Callable[..., Any], given: int = 0) -> tuple[int, float]:
     return len([p for p in positional if p.default is p.empty]), len(positional)
 
 
-def _layers_in(name: str, value: Any) -> Iterator[tuple[str, Layer]]:
-    if isinstance(value, Layer):
+def held(kind: type[T], name: str, value: Any) -> Iterator[tuple[str, T]]:
+    """What is of the kind in an attribute's value, which may be a nested list, tuple or dict, each with its path."""
+    if isinstance(value, kind):
         yield name, value
     elif isinstance(value, (dict, list, tuple)):
         for key, item in value.items() if isinstance(value, dict) else enumerate(value):
-            yield from _layers_in(f"{name}.{key}", item)
+            yield from held(kind, f"{name}.{key}", item)
 
 
 def spec_of(out: Any) -> Spec:

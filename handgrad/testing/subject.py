@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from handgrad.layer import Layer, is_frozen
+from handgrad.layer import Layer, held, is_frozen
 from handgrad.losses.loss import Loss
 from handgrad.testing.errors import CheckFailure, ContractError, LayerCrash
 from handgrad.testing.operations import SameNumbers, read_in
@@ -116,17 +116,8 @@ def _undeclared(layer: Any) -> list[tuple[str, Layer, str, Tensor]]:
         if isinstance(inner, Layer)
         for attribute, value in vars(inner).items()
         if attribute != "_records" and attribute not in inner._declared
-        for name, t in _inside(attribute, value)
+        for name, t in held(Tensor, attribute, value)
     ]
-
-
-def _inside(name: str, value: Any) -> Iterator[tuple[str, Tensor]]:
-    """The tensor that a value is, or those in the lists, tuples and dicts of it, with their names."""
-    if isinstance(value, Tensor):
-        yield name, value
-    elif isinstance(value, (dict, list, tuple)):
-        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
-            yield from _inside(f"{name}.{key}", item)
 
 
 def generators(layer: Any) -> list[torch.Generator]:
