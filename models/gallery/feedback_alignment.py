@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 
 import digits
-from fitting import accuracy, fit, rows
-from handgrad import CrossEntropy, Flatten, Layer, Linear, Sequential, Tanh, TrainStep, buffer
+from handgrad import Flatten, Layer, Linear, Sequential, Tanh, buffer
 
 
 class FeedbackLinear(Linear):
@@ -37,12 +36,7 @@ def build(linear: type[Linear] = FeedbackLinear, H: int = 256) -> Layer:
 
 def train(linear: type[Linear], steps: int = 1000) -> float:
     """Accuracy on the held-out images, in percent."""
-    known, held_out = digits.load()
-    model = build(linear)
-    step = TrainStep(model, CrossEntropy(), torch.optim.AdamW(model.parameters(), lr=1e-3))
-    fit(step, lambda: rows(64, *known), steps)
-    with torch.no_grad():
-        return accuracy(model(held_out.x), held_out.y)
+    return digits.train(build(linear), steps, lr=1e-3)
 
 
 if __name__ == "__main__":

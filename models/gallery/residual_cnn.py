@@ -5,12 +5,10 @@ from __future__ import annotations
 import torch
 
 import digits
-from fitting import accuracy, fit, rows
 from handgrad import (
     AdaptiveAvgPool2d,
     BatchNorm2d,
     Conv2d,
-    CrossEntropy,
     Flatten,
     Layer,
     Linear,
@@ -18,7 +16,6 @@ from handgrad import (
     ReLU,
     Residual,
     Sequential,
-    TrainStep,
 )
 
 
@@ -41,12 +38,7 @@ def build(C: int = 32) -> Layer:
 
 def train(steps: int = 400) -> float:
     """Accuracy on the held-out images, in percent."""
-    known, held_out = digits.load()
-    model = build()
-    step = TrainStep(model, CrossEntropy(), torch.optim.AdamW(model.parameters(), lr=3e-3))
-    fit(step, lambda: rows(64, *known), steps)
-    with torch.no_grad():
-        return accuracy(model.eval()(held_out.x), held_out.y)
+    return digits.train(build(), steps)
 
 
 if __name__ == "__main__":

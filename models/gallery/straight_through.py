@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 
 import digits
-from fitting import accuracy, fit, rows
-from handgrad import BatchNorm1d, CrossEntropy, Flatten, Layer, Linear, Sequential, TrainStep
+from handgrad import BatchNorm1d, Flatten, Layer, Linear, Sequential
 
 
 class Sign(Layer):
@@ -46,12 +45,7 @@ def build(H: int = 256) -> Layer:
 
 def train(steps: int = 800) -> float:
     """Accuracy on the held-out images, in percent."""
-    known, held_out = digits.load()
-    model = build()
-    step = TrainStep(model, CrossEntropy(), torch.optim.AdamW(model.parameters(), lr=3e-3))
-    fit(step, lambda: rows(64, *known), steps)
-    with torch.no_grad():
-        return accuracy(model.eval()(held_out.x), held_out.y)
+    return digits.train(build(), steps)
 
 
 if __name__ == "__main__":
