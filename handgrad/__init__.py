@@ -7,6 +7,7 @@ from handgrad.errors import (
     DtypeError,
     HandgradError,
     IndexRangeError,
+    NonFiniteError,
     ShapeError,
     StateDictError,
     StateError,
@@ -36,6 +37,7 @@ from handgrad.losses.several import Losses
 from handgrad.memory import keep_freed_memory
 from handgrad.optim import SGD
 from handgrad.train import TrainStep
+from handgrad.watch import tripwire, watch
 
 __version__ = "0.1.0"
 
@@ -84,6 +86,7 @@ __all__ = [
     "MaxPool2d",
     "MultiheadAttention",
     "Multiply",
+    "NonFiniteError",
     "Parallel",
     "Product",
     "RMSNorm",
@@ -108,4 +111,6 @@ __all__ = [
     "keep_freed_memory",
     "parameter",
     "to_torch",
+    "tripwire",
+    "watch",
 ]

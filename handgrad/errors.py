@@ -46,3 +46,10 @@ class StateDictError(HandgradError, RuntimeError):
 
 class CompileError(HandgradError, RuntimeError):
     """A graph cannot be compiled here: there is no C++ compiler."""
+
+
+class NonFiniteError(HandgradError, ArithmeticError):
+    """A value is NaN or infinite, or beyond a limit, where `tripwire` looks."""
+
+    def __str__(self) -> str:
+        return self.message  # which names the place by itself

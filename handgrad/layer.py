@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, ClassVar, NamedTuple, TypeAlias, TypeVar
+from typing import Any, ClassVar, NamedTuple, Protocol, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, is_grad_enabled
@@ -67,6 +67,19 @@ Spec: TypeAlias = tuple[torch.Size, torch.dtype, torch.device] | list[Any]
 Record: TypeAlias = tuple[tuple[Any, ...], list[tuple[Tensor, int]], Spec]
 """What one forward left for its backward: what it saved, the tensors among it, each with how often it had been changed
 in place by then, and what dout must be like. Plain tuples: every step makes one per layer."""
+
+
+class Watcher(Protocol):
+    """Who looks at what passes through a layer: `handgrad.watch` makes them."""
+
+    def saw_out(self, layer: Layer, out: Any) -> None:
+        """What a forward gives."""
+
+    def saw_dout(self, layer: Layer, dout: Any) -> None:
+        """What a backward was given."""
+
+    def saw_grad(self, layer: Layer, param: Tensor, grad: Tensor) -> None:
+        """What a backward adds to a parameter's gradient."""
 
 
 class LoadResult(NamedTuple):
@@ -125,6 +138,7 @@ class Layer:
     hands_on: ClassVar[bool] = False  # whether a dout of None goes on to layers inside as it came
     stops_dout: ClassVar[bool] = False  # whether nothing goes back through it, so that nobody need make its dout
     _arity: tuple[int, float] = (1, 1)
+    _watchers: tuple[Watcher, ...] = ()
     _records: list[Record]
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -240,6 +254,8 @@ class Layer:
         kept, not copied: changed in place before the backward, it makes that backward a StateError. Save a parameter
         that backward reads, too.
         """
+        for watcher in self._watchers:
+            watcher.saw_out(self, out)
         if not is_grad_enabled():
             return
         if not isinstance(out, Tensor) or not out.is_leaf:  # or autograd would be at work
@@ -279,6 +295,8 @@ class Layer:
                 problem = f"{self._name_of(tensor)} was changed in place after the forward that recorded it; "
                 problem += "run backward before an optimizer step or any in-place change"
                 raise self.error(StateError, "backward", problem)
+        for watcher in self._watchers:
+            watcher.saw_dout(self, dout)
         self._records.pop()
         return saved
 
@@ -293,6 +311,8 @@ class Layer:
                 f"the gradient of {self._name_of(param)} must be {tuple(param.shape)} {param.dtype} like the "
                 f"parameter, got {tuple(grad.shape)} {grad.dtype}",
             )
+        for watcher in self._watchers:
+            watcher.saw_grad(self, param, grad)
         if param.grad is None:
             param.grad = grad
         else:
@@ -353,7 +373,7 @@ class Layer:
     def named_children(self) -> Iterator[tuple[str, Layer]]:
         """The layers held in attributes, or in dicts, lists and tuples there, nested or not, with their names."""
         for name, value in vars(self).items():
-            if name != "_records":
+            if name not in _OF_A_RUN:
                 yield from held(Layer, name, value)
 
     def named_layers(self, prefix: str = "") -> Iterator[tuple[str, Layer]]:
@@ -507,8 +527,8 @@ class Layer:
         return summarize(self, inputs)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Copies and pickles carry the layer, not the forwards that wait for their backward."""
-        return {name: value for name, value in vars(self).items() if name != "_records"}
+        """Copies and pickles carry the layer, not the forwards that wait for their backward, nor who watches."""
+        return {name: value for name, value in vars(self).items() if name not in _OF_A_RUN}
 
     def extra_repr(self) -> str:
         """What stands between the parentheses of `repr`: the arguments in `shown`, and those that are not the defaults.
@@ -545,6 +565,7 @@ class Layer:
         return "\n".join([self._head()[:-1], *rows, ")"])
 
 
+_OF_A_RUN = ("_records", "_watchers", "forward", "backward")  # the last two where somebody watches the class's own
 _UNSHOWN = object()
 _SHOWN = (bool, int, float, str, tuple, list, type(None))
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
-import html
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from handgrad.tables import html_table, text_table
 
 WIDTH = 44  # characters of a layer's text that the table shows
 
@@ -49,19 +50,10 @@ class Summary:
         return [head, *body, ["total", "", "", _count(total) or "0", _bytes(total.recorded) or "0 bytes"]]
 
     def __str__(self) -> str:
-        cells = self.cells()
-        widths = [max(len(row[i]) for row in cells) for i in range(5)]
-        lines = []
-        for row in cells:
-            parts = [cell.ljust(w) if i < 3 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths))]
-            lines.append("  ".join(parts))
-        return "\n".join(line.rstrip() for line in lines)
+        return text_table(self.cells(), "lllrr")
 
     def _repr_html_(self) -> str:
-        rows = [[html.escape(cell) for cell in row] for row in self.cells()]
-        parts = ["<tr>" + "".join(f"<th>{c}</th>" for c in rows[0]) + "</tr>"]
-        parts += ["<tr>" + "".join(f"<td>{c}</td>" for c in row) + "</tr>" for row in rows[1:]]
-        return f"<table>{''.join(parts)}</table>"
+        return html_table(self.cells(), "lllrr")
 
 
 def summarize(model: Any, inputs: tuple[Any, ...]) -> Summary:

@@ -132,6 +132,7 @@ class CompiledTrainStep(TrainStep):
             raise ArgumentError(f"TrainStep.compile: chunk must be at least 1, got {chunk}")
         super().__init__(step.model, step.loss, step.optimizer)
         self.chunk = chunk
+        self._layers = [layer for part in (step.model, step.loss) for _, layer in part.named_layers()]
         self._scheduled: list[dict[str, Tensor]] = []  # by parameter group
         if any(p.device.type == "cpu" for p in self.params):
             _require_compiler()
@@ -204,6 +205,9 @@ class CompiledTrainStep(TrainStep):
         return groups
 
     def _run(self, graph: Callable[..., Tensor], x: Any, target: Any, groups: list[Group]) -> Tensor:
+        if any(layer._watchers for layer in self._layers):
+            problem = "a compiled step cannot be watched, for its graph has no place to look at; "
+            raise StateError(f"TrainStep.compile: {problem}look inside the step as it was before compile()")
         try:
             return graph(x, target, groups)
         except Exception:
