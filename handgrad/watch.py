@@ -39,8 +39,9 @@ def watch(
     x, dx   what the model itself is given, and the gradient that its own backward returns, with the path ""
     ======  ===================================================================================================
 
-    The tensors are those of the run itself: look, do not change. Of a tuple each tensor comes by itself. A layer that
-    stands in several places has the path of the first. Several watchers may be at work at once; copies and pickles made
+    The tensors are those of the run itself: look, do not change, and copy what is to be kept (a first gradient becomes
+    param.grad, and later ones are added to it). Of a tuple each tensor comes by itself. A layer that stands in several
+    places has the path of the first. Several watchers may be at work at once; copies and pickles made
     meanwhile have none. A compiled step refuses to run while somebody watches: its graph has no place to look at.
 
     Raises ArgumentError where a model is no Layer.

@@ -51,4 +51,5 @@ def test_the_model_stays_as_it_was():
 def test_html_is_escaped():
     html = Linear(3, 4).summary(torch.ones(2, 3))._repr_html_()
     assert ">Linear(3 -&gt; 4)</td>" in html
-    assert html.startswith("<table><tr><th ") and ">layer</th>" in html
+    assert html.startswith("<table><tr><th ")
+    assert ">layer</th>" in html
