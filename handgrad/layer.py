@@ -138,8 +138,8 @@ class Layer:
     hands_on: ClassVar[bool] = False  # whether a dout of None goes on to layers inside as it came
     stops_dout: ClassVar[bool] = False  # whether nothing goes back through it, so that nobody need make its dout
     _arity: tuple[int, float] = (1, 1)
-    _watchers: tuple[Watcher, ...] = ()
     _records: list[Record]
+    _watchers: tuple[Watcher, ...]
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -152,7 +152,7 @@ class Layer:
 
     def __new__(cls: type[L], *args: Any, **kwargs: Any) -> L:
         self = super().__new__(cls)
-        self._records = []
+        self._records, self._watchers = [], ()
         self.training = True
         return self
 
@@ -254,8 +254,9 @@ class Layer:
         kept, not copied: changed in place before the backward, it makes that backward a StateError. Save a parameter
         that backward reads, too.
         """
-        for watcher in self._watchers:
-            watcher.saw_out(self, out)
+        if self._watchers:
+            for watcher in self._watchers:
+                watcher.saw_out(self, out)
         if not is_grad_enabled():
             return
         if not isinstance(out, Tensor) or not out.is_leaf:  # or autograd would be at work
@@ -295,8 +296,9 @@ class Layer:
                 problem = f"{self._name_of(tensor)} was changed in place after the forward that recorded it; "
                 problem += "run backward before an optimizer step or any in-place change"
                 raise self.error(StateError, "backward", problem)
-        for watcher in self._watchers:
-            watcher.saw_dout(self, dout)
+        if self._watchers:
+            for watcher in self._watchers:
+                watcher.saw_dout(self, dout)
         self._records.pop()
         return saved
 
@@ -311,8 +313,9 @@ class Layer:
                 f"the gradient of {self._name_of(param)} must be {tuple(param.shape)} {param.dtype} like the "
                 f"parameter, got {tuple(grad.shape)} {grad.dtype}",
             )
-        for watcher in self._watchers:
-            watcher.saw_grad(self, param, grad)
+        if self._watchers:
+            for watcher in self._watchers:
+                watcher.saw_grad(self, param, grad)
         if param.grad is None:
             param.grad = grad
         else:

@@ -87,10 +87,7 @@ class _Watcher:
 
     def end(self) -> None:
         for layer in self.layers:
-            if left := tuple(w for w in layer._watchers if w is not self):
-                layer._watchers = left
-            else:
-                del layer._watchers
+            layer._watchers = tuple(w for w in layer._watchers if w is not self)
         if not any(isinstance(w, _Watcher) and w.model is self.model and (w.x or w.dx) for w in self.model._watchers):
             for name in ("forward", "backward"):
                 vars(self.model).pop(name, None)
