@@ -254,9 +254,8 @@ class Layer:
         kept, not copied: changed in place before the backward, it makes that backward a StateError. Save a parameter
         that backward reads, too.
         """
-        if self._watchers:
-            for watcher in self._watchers:
-                watcher.saw_out(self, out)
+        for watcher in self._watchers:
+            watcher.saw_out(self, out)
         if not is_grad_enabled():
             return
         if not isinstance(out, Tensor) or not out.is_leaf:  # or autograd would be at work
@@ -296,9 +295,8 @@ class Layer:
                 problem = f"{self._name_of(tensor)} was changed in place after the forward that recorded it; "
                 problem += "run backward before an optimizer step or any in-place change"
                 raise self.error(StateError, "backward", problem)
-        if self._watchers:
-            for watcher in self._watchers:
-                watcher.saw_dout(self, dout)
+        for watcher in self._watchers:
+            watcher.saw_dout(self, dout)
         self._records.pop()
         return saved
 
@@ -313,9 +311,8 @@ class Layer:
                 f"the gradient of {self._name_of(param)} must be {tuple(param.shape)} {param.dtype} like the "
                 f"parameter, got {tuple(grad.shape)} {grad.dtype}",
             )
-        if self._watchers:
-            for watcher in self._watchers:
-                watcher.saw_grad(self, param, grad)
+        for watcher in self._watchers:
+            watcher.saw_grad(self, param, grad)
         if param.grad is None:
             param.grad = grad
         else:
