@@ -16,11 +16,11 @@ def test_kept_memory_spares_a_step_its_fresh_pages():
     """
     code = """
 import resource, sys, torch
-from handgrad import MSE, SGD, Linear, Sequential, Tanh, TrainStep, keep_freed_memory
+from handgrad import MSE, SGD, BatchNorm1d, Sequential, Tanh, TrainStep, keep_freed_memory
 torch.set_num_threads(1)
 if sys.argv[1] == "True":
     assert keep_freed_memory()
-model = Sequential(Linear(512, 512), Tanh(), Linear(512, 512), Tanh())
+model = Sequential(BatchNorm1d(512), Tanh(), BatchNorm1d(512), Tanh())
 step = TrainStep(model, MSE(), SGD(model.parameters(), lr=0.1))
 x = torch.randn(20_000, 512)  # 40 MB: malloc by itself gives as much back to the system at once
 for _ in range(3):
