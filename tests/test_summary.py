@@ -19,7 +19,7 @@ def test_rows_say_shapes_parameters_and_recorded_bytes():
         "3": (("(4, 5)",), 0, 0, 4 * 5 * 4),  # its output
         "4": (("(4, 3)",), 15, 15, 0),  # its input, which counts above
     }
-    assert str(summary).splitlines()[-1].split() == ["total", "64", "(15", "frozen)", "272", "bytes"]
+    assert str(summary).splitlines()[-1].split() == ["total", "64", "(15", "frozen)", "272", "B"]
 
 
 def test_a_layer_used_twice_and_a_shared_tensor_count_once():
@@ -51,4 +51,5 @@ def test_the_model_stays_as_it_was():
 def test_html_is_escaped():
     html = Linear(3, 4).summary(torch.ones(2, 3))._repr_html_()
     assert ">Linear(3 -&gt; 4)</td>" in html
-    assert html.startswith("<table><tr><th ") and ">layer</th>" in html
+    assert html.startswith("<table><tr><th ")
+    assert ">layer</th>" in html
