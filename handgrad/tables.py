@@ -63,7 +63,9 @@ def text_table(rows: Rows, align: str) -> str:
         widths[longest] -= 1
     lines = []
     for row in rows:
-        cells = [[cell] if len(cell) <= w else textwrap.wrap(cell, w) for cell, w in zip(row, widths)]
+        cells = [
+            [cell] if len(cell) <= w else textwrap.wrap(cell, w, break_on_hyphens=False) for cell, w in zip(row, widths)
+        ]
         for i in range(max(map(len, cells))):
             line = [cell[i] if i < len(cell) else "" for cell in cells]
             sides = [t.ljust(w) if a == "l" else t.rjust(w) for t, w, a in zip(line, widths, align)]

@@ -21,7 +21,7 @@ from handgrad.losses.cross_entropy import CrossEntropy
 from handgrad.losses.loss import Loss
 from handgrad.losses.mse import MSE
 from handgrad.losses.several import Losses
-from handgrad.records import recorded_by_layer
+from handgrad.records import recorded_by_layer, tensors_in
 from handgrad.tables import BYTES, SECONDS, Shown, Table, bytes_text, seconds_text, unit_of
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ class Profile(Shown):
         labels = [_label(row) for row in self.rows]
         places = range(len(self.rows))
         figure = new_figure(7.5 + 0.08 * max(map(len, labels)), 1.5 + 0.28 * len(labels))
-        times, memory = figure.subplots(1, 2, sharey=True, width_ratios=(2, 1))
+        times, memory = figure.subplots(1, 2, sharey=True, width_ratios=(2, 1), gridspec_kw={"wspace": 0.08})
         unit, size = unit_of(max(row.forward + row.backward for row in self.rows), SECONDS)
         forward = [row.forward / size for row in self.rows]
         backward = [row.backward / size for row in self.rows]
@@ -116,8 +116,9 @@ def profile(model: Layer, x: Any, y: Any, loss: Loss | None = None, *, seconds: 
     x and y, the target, may be tuples. Without a loss it is CrossEntropy for integer targets, MSE for others, and
     Losses of these for a tuple.
 
-    A row has what the layer itself does, all its uses together, without the layers inside it that have rows of their
-    own. The rest is what containers do between the layers. Memory that several layers record counts where it is first.
+    A row has what the layer itself does, all its uses together. A layer around others has one where it has tensors or
+    records of its own, without what those inside it take; the rest is what all others around layers do. Memory that
+    several layers record counts where it is first. On a GPU every call is waited for.
 
     The model is left as it was: no update, gradients and running statistics put back. Whoever watches it goes on
     watching, and the time of that is in the figures. Raises StateError where a forward of it waits for its backward.
@@ -131,7 +132,8 @@ def profile(model: Layer, x: Any, y: Any, loss: Loss | None = None, *, seconds: 
     if model.pending or loss.pending:
         problem = "a forward still waits for its backward; run it, or drop_records()"
         raise StateError(f"profile: {problem}")
-    clock = _Clock()
+    on_cpu = all(t.device.type == "cpu" for t in (*model.parameters(), *tensors_in(x)))
+    clock = _Clock(wait=None if on_cpu else torch.accelerator.synchronize)
     forward = clock.around(lambda: loss.forward(model.forward_at(None, x), y), REST, "forward")
     backward = clock.around(lambda: model.backward_at(None, loss.backward(), need_dx=False), REST, "backward")
     rounds: list[dict[tuple[int, str], float]] = []
@@ -158,7 +160,8 @@ def _usual_loss(y: Any) -> Loss:
 class _Clock:
     """Adds up what every call takes itself, without the calls inside it that have a clock, too."""
 
-    def __init__(self) -> None:
+    def __init__(self, wait: Callable[[], None] | None) -> None:
+        self.wait = wait
         self.taken: dict[tuple[int, str], float] = defaultdict(float)
         self.inside = [0.0]  # for each call that runs, the seconds of those inside it
 
@@ -169,7 +172,10 @@ class _Clock:
             self.inside.append(0.0)
             begun = time.perf_counter()
             try:
-                return call(*args, **kwargs)
+                out = call(*args, **kwargs)
+                if self.wait is not None:
+                    self.wait()
+                return out
             finally:
                 seconds = time.perf_counter() - begun
                 self.taken[who, way] += seconds - self.inside.pop()
@@ -222,7 +228,7 @@ def _profile(model: Layer, loss: Loss, recorded: dict[int, int], rounds: list[di
 
     for path, layer in model.named_layers():
         has_rows = any(id(inner) in called for _, inner in layer.named_layers() if inner is not layer)
-        if id(layer) in called and (layer._declared or not has_rows):
+        if id(layer) in called and (layer._declared or recorded[id(layer)] or not has_rows):
             params = (p for _, p in layer._own("parameter")) if has_rows else layer.parameters()
             add(path or "model", layer._head(), {id(layer)}, recorded[id(layer)], params)
     size = sum(recorded[id(inner)] for _, inner in loss.named_layers())
