@@ -82,7 +82,7 @@ class Profile(Shown):
     def figure(self) -> Figure:
         """A bar for each layer's forward and backward, in the model's order, and beside it one for what it records.
 
-        Needs matplotlib. A notebook shows the figure.
+        Needs matplotlib. A notebook shows the figure after `%matplotlib inline`.
         """
         labels = [_label(row) for row in self.rows]
         places = range(len(self.rows))

@@ -147,3 +147,12 @@ def test_bad_arguments_are_a_clear_error(arguments, message, capsys):
         main(arguments)
     assert error.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_picture_without_matplotlib_is_refused_before_anything_is_measured(monkeypatch, capsys, tmp_path):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(SystemExit):
+        main(["--layer", "Tanh", "--plot", str(tmp_path / "r.png")])
+    said = capsys.readouterr()
+    assert 'pip install "handgrad[models]"' in said.err
+    assert said.out == ""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from handgrad import Dropout, Linear, Tanh
+from handgrad import Dropout, Tanh
 from handgrad.testing import check_layer
 from handgrad.testing.report import PropertyReport, Report
 
@@ -27,7 +27,7 @@ def test_the_report_is_at_most_100_columns_wide_and_says_everything(report):
     first = report.properties[0]
     numbers = [str(n) for n in (first.examples, first.distinct, first.elements)]
     assert rows["gradients"].split()[:5] == ["P1", "gradients", *numbers]
-    assert rows["accumulation"].split() == ["P2", "accumulation", *"does not apply: no parameters".split()]
+    assert " ".join(rows["accumulation"].split()) == "P2 accumulation does not apply: no parameters"
     start = rows["plumbing"].index("skipped")
     said = " ".join(line[start:].strip() for line in lines[lines.index(rows["plumbing"]) :]).split("  ")[0]
     assert said.startswith(f"skipped: {REASON}")
@@ -47,9 +47,6 @@ def test_a_notebook_shows_the_report_as_tables(report):
     assert html.count("<table>") == 2
     assert html.count("<tr>") == 2 + len(report.properties) + len(report.faults)
     assert f"skipped: {REASON}</td>" in html
-    assert check_layer(Tanh, x="*N", skip={"sensitivity": "here"}, examples=10)._repr_html_().count("<table>") == 2
-    assert (
-        check_layer(lambda: Linear(2, 3), x="N 2", examples=10, skip={"edges": "a < b"})
-        ._repr_html_()
-        .count("skipped: a &lt; b")
-    )
+    html = check_layer(Tanh, x="*N", skip={"edges": "a < b", "sensitivity": "elsewhere"}, examples=10)._repr_html_()
+    assert "skipped: a &lt; b</td>" in html
+    assert "skipped: elsewhere</td>" in html
