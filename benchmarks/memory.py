@@ -26,7 +26,8 @@ from torch.nn import functional as F  # noqa: N812
 
 import handgrad as hg
 from handgrad.bench import environment, peak_bytes
-from handgrad.bench.report import bytes_text, seconds_text, table, write_json
+from handgrad.bench.report import write_json
+from handgrad.tables import bytes_text, seconds_text, text_table
 
 DEPTH, WIDTH, BATCH, CLASSES, STEPS = 12, 1024, 4096, 27, 5
 CONTENDERS = ("handgrad, eager", "handgrad, compiled", "torch.nn, autograd, SGD")
@@ -119,7 +120,7 @@ def main() -> None:
         env = {**os.environ, **(KEEPING if name == CONTENDERS[-1] + KEPT else {})}
         out = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=env)
         results.append({**json.loads(out.stdout.splitlines()[-1]), "contender": name})
-    print(table([HEAD, *(row(r) for r in results)], "lrrrr"))
+    print(text_table([HEAD, *(row(r) for r in results)], "lrrrr"))
     if args.json:
         write_json(args.json, results, depth=DEPTH, width=WIDTH, batch=BATCH)
 

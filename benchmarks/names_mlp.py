@@ -36,8 +36,9 @@ from handgrad import (
     keep_freed_memory,
 )
 from handgrad.bench import environment, interleave, ratio
-from handgrad.bench.report import seconds_text, table, write_json
+from handgrad.bench.report import new_figure, write_json
 from handgrad.bench.timing import timed
+from handgrad.tables import seconds_text, text_table
 
 VOCABULARY, CONTEXT, EMBEDDING, LR, EPS, MOMENTUM = 27, 3, 10, 0.1, 1e-5, 0.1
 ROWS = 182_000  # as many contexts as the names have for training
@@ -474,19 +475,15 @@ def measure(hidden: int, batch: int, threads: int, seconds: float, wide: bool) -
         ]
         rows_text.append([*texts, f"{value:.2f} ({low:.2f} to {high:.2f})", seconds_text(r["first_result_seconds"])])
     print(f"hidden {hidden}, batch {batch}, {threads} thread(s); * is the autograd compared with")
-    print(table(rows_text, "lrrrr"), flush=True)
+    print(text_table(rows_text, "lrrrr"), flush=True)
     return results
 
 
 def chart(path: Path, results: Sequence[dict[str, Any]]) -> None:
     """A bar a contender: the time of one step, on a logarithmic axis."""
-    import matplotlib as mpl
-
-    mpl.use("agg")
-    from matplotlib import pyplot as plt
-
     rows = sorted((r for r in results if r["batch"] == 32), key=lambda r: r["seconds"])
-    figure, axes = plt.subplots(figsize=(9, 4), layout="constrained")
+    figure = new_figure(9, 4)
+    axes = figure.subplots()
     colours = ["tab:orange" if r["contender"].startswith("handgrad") else "tab:gray" for r in rows]
     bars = axes.barh([r["contender"] for r in rows], [r["seconds"] * 1e6 for r in rows], color=colours)
     axes.bar_label(bars, [seconds_text(r["seconds"]) for r in rows], padding=3)
@@ -496,7 +493,6 @@ def chart(path: Path, results: Sequence[dict[str, Any]]) -> None:
     axes.set_xlabel("microseconds a step, sampling included")
     axes.set_title("One training step of the names MLP: hidden 64, batch 32, one thread")
     figure.savefig(path, dpi=120)
-    plt.close(figure)
 
 
 def main() -> None:

@@ -24,7 +24,7 @@ from memory import HEAD as MEMORY_HEAD  # noqa: E402
 from memory import row as memory_row  # noqa: E402
 from names_mlp import chart  # noqa: E402
 
-from handgrad.bench.report import bytes_text, seconds_text  # noqa: E402
+from handgrad.tables import bytes_text, seconds_text  # noqa: E402
 
 OF_THE_MLP = ("Linear", "BatchNorm1d", "Tanh", "CrossEntropy", "Embedding", "Flatten")
 

@@ -20,6 +20,7 @@ from torch import Tensor, is_grad_enabled
 from torch.compiler import is_compiling
 
 from handgrad.errors import DtypeError, HandgradError, ShapeError, StateDictError, StateError
+from handgrad.records import Records, records_of
 from handgrad.summary import Summary, summarize
 from handgrad.tracked import refuse_tracked
 
@@ -325,6 +326,28 @@ class Layer:
         """How many forwards in this layer and the layers inside it still wait for their backward."""
         return sum(len(layer._records) for _, layer in self.named_layers())
 
+    def records(self) -> Records:
+        """What waits for a backward right now: per layer its forwards and the bytes that they recorded.
+
+        Each memory counts once, where it is first; parameters and buffers do not count. Python objects that are no
+        tensors are not seen, nor what a torch module behind `from_torch` keeps.
+
+        >>> from handgrad import Linear, Sequential, Tanh
+        >>> model = Sequential(Linear(3, 8), Tanh(), Linear(8, 2))
+        >>> _ = model(torch.ones(5, 3))
+        >>> print(model.records())
+               layer           forwards  dtypes   recorded
+               Sequential()           1
+        0      Linear(3 -> 8)         1  float32      60 B
+        1      Tanh()                 1  float32     160 B
+        2      Linear(8 -> 2)         1  float32
+        total                         4              220 B
+        >>> _ = model.backward(torch.ones(5, 2))
+        >>> print(model.records())
+        no forward waits for its backward
+        """
+        return records_of(self)
+
     def drop_records(self) -> None:
         """Forget every forward that still waits for its backward, here and in the layers inside."""
         for _, layer in self.named_layers():
@@ -517,12 +540,12 @@ class Layer:
 
         >>> from handgrad import Linear, Sequential, Tanh
         >>> print(Sequential(Linear(3, 8).freeze(), Tanh(), Linear(8, 2)).summary(torch.ones(5, 3)))
-               layer                   output      parameters   recorded
+               layer                   output      parameters  recorded
                Sequential()            (5, 2)
-        0      Linear(3 -> 8, frozen)  (5, 8)       32 frozen   60 bytes
-        1      Tanh()                  (5, 8)                  160 bytes
+        0      Linear(3 -> 8, frozen)  (5, 8)       32 frozen      60 B
+        1      Tanh()                  (5, 8)                     160 B
         2      Linear(8 -> 2)          (5, 2)              18
-        total                                  50 (32 frozen)  220 bytes
+        total                                  50 (32 frozen)     220 B
         """
         return summarize(self, inputs)
 

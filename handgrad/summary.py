@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections import defaultdict
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from handgrad.tables import html_table, text_table
-
-WIDTH = 44  # characters of a layer's text that the table shows
+from handgrad.records import recorded_by_layer
+from handgrad.tables import Shown, Table, bytes_text
 
 
 @dataclass(frozen=True)
@@ -31,91 +30,75 @@ class SummaryRow:
     recorded: int
 
 
-@dataclass(frozen=True)
-class Summary:
-    """The rows of `Layer.summary`; `print` shows them as a table, a notebook as HTML."""
+@dataclass(frozen=True, repr=False)
+class Summary(Shown):
+    """The rows of `Layer.summary`; printed as a table, in a notebook as HTML."""
 
     rows: tuple[SummaryRow, ...]
 
-    def cells(self) -> list[list[str]]:
+    def parts(self) -> list[str | Table]:
         """The table: a head, the rows, and the totals."""
         head = ["", "layer", "output", "parameters", "recorded"]
         body = [
-            [row.path, _short(row.layer), "; ".join(dict.fromkeys(row.outputs)), _count(row), _bytes(row.recorded)]
+            [
+                row.path,
+                row.layer,
+                "; ".join(dict.fromkeys(row.outputs)),
+                _count(row.parameters, row.frozen) if row.parameters else "",
+                bytes_text(row.recorded) if row.recorded else "",
+            ]
             for row in self.rows
         ]
-        total = SummaryRow(
-            "", "", (), *(sum(getattr(row, name) for row in self.rows) for name in ("parameters", "frozen", "recorded"))
+        parameters, frozen, recorded = (
+            sum(getattr(row, name) for row in self.rows) for name in ("parameters", "frozen", "recorded")
         )
-        return [head, *body, ["total", "", "", _count(total) or "0", _bytes(total.recorded) or "0 bytes"]]
+        total = ["total", "", "", _count(parameters, frozen), bytes_text(recorded)]
+        return [Table([head, *body, total], "lllrr")]
 
-    def __str__(self) -> str:
-        return text_table(self.cells(), "lllrr")
 
-    def _repr_html_(self) -> str:
-        return html_table(self.cells(), "lllrr")
+class _Outputs:
+    """A watcher that notes the shapes of every layer's outputs, by the layer's id."""
+
+    def __init__(self) -> None:
+        self.shapes: dict[int, list[str]] = defaultdict(list)
+
+    def saw_out(self, layer: Any, out: Any) -> None:
+        self.shapes[id(layer)].append(_shapes(out))
+
+    def saw_dout(self, layer: Any, dout: Any) -> None:
+        pass
+
+    def saw_grad(self, layer: Any, param: Tensor, grad: Tensor) -> None:
+        pass
 
 
 def summarize(model: Any, inputs: tuple[Any, ...]) -> Summary:
     """Run one forward of a copy, and note what each layer gives and keeps."""
     twin = copy.deepcopy(model)
-    named = list(twin.named_layers())
-    outputs: dict[int, list[str]] = {id(layer): [] for _, layer in named}
-
-    def noting(forward: Callable[..., Any], shapes: list[str]) -> Callable[..., Any]:
-        def run(*args: Any, **options: Any) -> Any:
-            out = forward(*args, **options)
-            shapes.append(_shapes(out))
-            return out
-
-        return run
-
-    for _, layer in named:
-        vars(layer)["forward"] = noting(layer.forward, outputs[id(layer)])
+    outputs = _Outputs()
+    for _, layer in twin.named_layers():
+        layer._watchers = (outputs,)
     state = torch.get_rng_state()
     with torch.enable_grad():
         twin.forward(*inputs)
     torch.set_rng_state(state)
-    own = {t.untyped_storage().data_ptr() for layer in (twin,) for _, t in layer._tensors("")}
-    counted: set[int] = set()  # tensors, then memory
+    recorded = recorded_by_layer(twin)
+    counted: set[int] = set()
     rows = []
-    for path, layer in named:
+    for path, layer in twin.named_layers():
         params = [p for _, p in layer._own("parameter") if id(p) not in counted]
         counted |= {id(p) for p in params}
         frozen = sum(p.numel() for p in params if getattr(p, "frozen", False))
-        kept = [t.untyped_storage() for record in layer._records for t in _tensors(record[0])]
-        fresh = {s.data_ptr(): s.nbytes() for s in kept if s.data_ptr() not in own}
-        own |= fresh.keys()
-        shapes = tuple(outputs[id(layer)])
-        rows.append(
-            SummaryRow(path, layer._head(), shapes, sum(p.numel() for p in params), frozen, sum(fresh.values()))
-        )
+        shapes = tuple(outputs.shapes[id(layer)])
+        size = sum(p.numel() for p in params)
+        rows.append(SummaryRow(path, layer._head(), shapes, size, frozen, recorded[id(layer)]))
     return Summary(tuple(rows))
-
-
-def _tensors(value: Any) -> list[Tensor]:
-    if isinstance(value, (tuple, list)):
-        return [t for part in value for t in _tensors(part)]
-    return [value] if isinstance(value, Tensor) else []
 
 
 def _shapes(out: Any) -> str:
     return ", ".join(map(_shapes, out)) if isinstance(out, (tuple, list)) else str(tuple(out.shape))
 
 
-def _short(text: str) -> str:
-    return text if len(text) <= WIDTH else text[: WIDTH - 3] + "..."
-
-
-def _count(row: SummaryRow) -> str:
-    if not row.parameters:
-        return ""
-    mark = "" if not row.frozen else " frozen" if row.frozen == row.parameters else f" ({row.frozen:,} frozen)"
-    return f"{row.parameters:,}{mark}"
-
-
-def _bytes(count: int) -> str:
-    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= size:
-            return f"{count / size:.1f} {unit}"
-    return f"{count} bytes" if count else ""
+def _count(parameters: int, frozen: int) -> str:
+    mark = "" if not frozen else " frozen" if frozen == parameters else f" ({frozen:,} frozen)"
+    return f"{parameters:,}{mark}"

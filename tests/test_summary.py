@@ -4,7 +4,22 @@ from __future__ import annotations
 
 import torch
 
-from handgrad import GRU, Add, BatchNorm1d, Dropout, Embedding, Flatten, Graph, Linear, Sequential, Tanh
+from handgrad import (
+    GRU,
+    MSE,
+    Add,
+    BatchNorm1d,
+    Conv2d,
+    Dropout,
+    Embedding,
+    Flatten,
+    Graph,
+    Linear,
+    Sequential,
+    Tanh,
+    watch,
+)
+from handgrad.testing import gradient_table
 
 
 def test_rows_say_shapes_parameters_and_recorded_bytes():
@@ -19,7 +34,7 @@ def test_rows_say_shapes_parameters_and_recorded_bytes():
         "3": (("(4, 5)",), 0, 0, 4 * 5 * 4),  # its output
         "4": (("(4, 3)",), 15, 15, 0),  # its input, which counts above
     }
-    assert str(summary).splitlines()[-1].split() == ["total", "64", "(15", "frozen)", "272", "bytes"]
+    assert str(summary).splitlines()[-1].split() == ["total", "64", "(15", "frozen)", "272", "B"]
 
 
 def test_a_layer_used_twice_and_a_shared_tensor_count_once():
@@ -53,3 +68,28 @@ def test_html_is_escaped():
     assert ">Linear(3 -&gt; 4)</td>" in html
     assert html.startswith("<table><tr><th ")
     assert ">layer</th>" in html
+
+
+def test_a_wide_layer_takes_several_lines_of_at_most_100_columns():
+    layer = Conv2d(3, 4, 3, stride=2, padding=1, dilation=2, groups=1, bias=False).freeze()
+    model = Graph("x", "out", a_name_that_is_rather_long=(layer, "x"), out=(Flatten(), "a_name_that_is_rather_long"))
+    text = str(model.summary(torch.randn(2, 3, 9, 9)))
+    assert max(map(len, text.splitlines())) <= 100
+    lines = text.splitlines()
+    start, end = lines[0].index("layer"), lines[0].index("output")
+    words = [word for line in lines[2:-2] for word in line[start:end].split()]
+    assert words == layer._head().split()
+
+
+def test_who_watches_sees_nothing_of_it():
+    model = Sequential(Linear(3, 2), Tanh())
+    seen = []
+    look = lambda path, layer, t: seen.append(path)  # noqa: E731
+    with watch(model, x=look, out=look, dx=look):
+        assert len(model.summary(torch.ones(4, 3)).rows) == 3
+        assert gradient_table(model, MSE(), torch.ones(4, 3), torch.ones(4, 2)).ok
+        assert seen == []
+        model(torch.ones(4, 3))
+    assert seen == ["", "0", "1", ""]
+    assert not {"forward", "backward"} & vars(model).keys()
+    assert not model._watchers

@@ -15,7 +15,7 @@ import torch
 
 from handgrad.bench.environment import environment
 from handgrad.bench.measure import Measurement, measure
-from handgrad.bench.report import as_dict, head, lines, plot, write_json
+from handgrad.bench.report import as_dict, head, lines, new_figure, plot, write_json
 from handgrad.errors import HandgradError
 from handgrad.losses.loss import Loss
 from handgrad.memory import keep_freed_memory
@@ -60,6 +60,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = p.parse_args(argv)
     try:
         twins = chosen(args.layer, args.against)
+        if args.plot:
+            new_figure(1, 1)  # what is missing for it is said before the measuring
     except (ValueError, ImportError, AttributeError) as error:
         p.error(str(error))
     if args.threads < 1:

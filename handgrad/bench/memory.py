@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -11,13 +11,12 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from handgrad.layer import Layer
+from handgrad.records import fresh_bytes, tensors_in
 
 
 def recorded_bytes(model: Layer) -> int:
-    """The bytes that the forwards waiting for their backward hold: each memory once, parameters and buffers apart."""
-    own = _addresses(model.state_dict().values())
-    saved = (t for _, layer in model.named_layers() for record in layer._records for t in _tensors(record[0]))
-    return _bytes(saved, own)
+    """The bytes that the forwards waiting for their backward hold; `model.records()` says which layers do."""
+    return model.records().bytes
 
 
 def saved_bytes(forward: Callable[[], Any], apart: Iterable[Tensor]) -> int:
@@ -30,7 +29,9 @@ def saved_bytes(forward: Callable[[], Any], apart: Iterable[Tensor]) -> int:
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         out = forward()
-    total = _bytes(saved, _addresses(apart))
+    counted: set[int] = set()
+    fresh_bytes(apart, counted)
+    total = fresh_bytes(saved, counted)
     del out
     return total
 
@@ -55,9 +56,9 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.known: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        given = {t.untyped_storage().data_ptr() for t in _tensors((args, kwargs))}
+        given = {t.untyped_storage().data_ptr() for t in tensors_in((args, kwargs))}
         out = func(*args, **(kwargs or {}))
-        for t in _tensors(out):
+        for t in tensors_in(out):
             storage = t.untyped_storage()
             address, size = storage.data_ptr(), storage.nbytes()
             if size and address not in given and address not in self.known:
@@ -70,22 +71,3 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _freed(self, address: int, size: int) -> None:
         self.known.discard(address)
         self.now -= size
-
-
-def _tensors(thing: Any) -> Iterator[Tensor]:
-    if isinstance(thing, Tensor):
-        yield thing
-    elif isinstance(thing, (tuple, list)):
-        for item in thing:
-            yield from _tensors(item)
-    elif isinstance(thing, dict):
-        yield from _tensors(list(thing.values()))
-
-
-def _addresses(tensors: Iterable[Tensor]) -> set[int]:
-    return {t.untyped_storage().data_ptr() for t in tensors}
-
-
-def _bytes(tensors: Iterable[Tensor], apart: set[int]) -> int:
-    sizes = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
-    return sum(size for address, size in sizes.items() if address not in apart)

@@ -5,45 +5,17 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from handgrad.bench.environment import environment
 from handgrad.bench.measure import Measurement
+from handgrad.tables import bytes_text, seconds_text
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 WIDTHS = (18, 9, 8, 7, 8, 7, 6, 13, 7, 7)
 HEAD = ("layer", "size", "by", "forward", "backward", "both", "spread", "handgrad is", "record", "peak")
-
-
-def seconds_text(seconds: float) -> str:
-    """A time in the unit that suits it.
-
-    >>> seconds_text(2.5e-6), seconds_text(0.0123), seconds_text(3)
-    ('2.5 us', '12.3 ms', '3.0 s')
-    """
-    for unit, size in (("us", 1e-6), ("ms", 1e-3)):
-        if seconds < 999.95 * size:
-            return f"{seconds / size:.1f} {unit}"
-    return f"{seconds:.1f} s"
-
-
-def bytes_text(count: int | None) -> str:
-    """A number of bytes in the unit that suits it.
-
-    >>> bytes_text(512), bytes_text(4 << 20), bytes_text(None)
-    ('512 B', '4.0 MB', '-')
-    """
-    if count is None:
-        return "-"
-    for unit, size in (("B", 1), ("KB", 1 << 10), ("MB", 1 << 20)):
-        if count < 1000 * size:
-            return f"{count / size:.{0 if unit == 'B' else 1}f} {unit}"
-    return f"{count / (1 << 30):.1f} GB"
-
-
-def table(rows: Sequence[Sequence[str]], align: str) -> str:
-    """Rows of text in columns, each aligned l(eft) or r(ight)."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(align))]
-    return "\n".join(_line(row, widths, align) for row in rows)
 
 
 def head() -> str:
@@ -97,14 +69,10 @@ def plot(path: Path, results: Sequence[Measurement], title: str) -> None:
 
     Needs matplotlib.
     """
-    import matplotlib as mpl
-
-    mpl.use("agg")
-    from matplotlib import pyplot as plt
-
     names = list(dict.fromkeys(r.name for r in results))
     sizes = list(dict.fromkeys(r.size for r in results))
-    figure, axes = plt.subplots(figsize=(9, 1.2 + 0.2 * len(sizes) * len(names)), layout="constrained")
+    figure = new_figure(9, 1.2 + 0.2 * len(sizes) * len(names))
+    axes = figure.subplots()
     height = 0.8 / len(sizes)
     for i, size in enumerate(sizes):
         found = [(names.index(r.name), r.entries["autograd"].ratio) for r in results if r.size == size]
@@ -128,7 +96,15 @@ def plot(path: Path, results: Sequence[Measurement], title: str) -> None:
     axes.set_title(title)
     axes.legend()
     figure.savefig(path, dpi=120)
-    plt.close(figure)
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """An empty figure, of so many inches. Raises ImportError where matplotlib is missing."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError('a picture needs matplotlib: pip install "handgrad[models]"') from error
+    return Figure(figsize=(width, height), layout="constrained")
 
 
 def _line(row: Sequence[str], widths: Sequence[int] = WIDTHS, align: str = "lllrrrrlrr") -> str:

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from handgrad.tables import Shown, Table
 from handgrad.testing import judge, subject
 from handgrad.testing.errors import CheckFailure
 from handgrad.testing.hints import Hint, agreed, hints
@@ -31,19 +32,15 @@ class PropertyReport:
     note: str = ""  # why it does not apply or was skipped
     remark: str = ""  # what in it could not be compared
 
-    def __str__(self) -> str:
-        number = f"P{PROPERTIES[self.name].number}" if self.name in PROPERTIES else ""
-        head = f"{number:<4}{self.name:<13}"
-        if self.note:
-            return f"{head}{self.note}"
-        remark = f"  {self.remark}" if self.remark else ""
-        numbers = f"{self.examples:>8} {self.distinct:>9} {self.elements:>9} {self.worst:>11.2g} {self.seconds:>8.2f}"
-        return head + numbers + remark
+    @property
+    def number(self) -> str:
+        """How texts call the property, such as "P3"; "" for one that is no longer registered."""
+        return f"P{PROPERTIES[self.name].number}" if self.name in PROPERTIES else ""
 
 
-@dataclass
-class Report:
-    """What `check_layer` found about a right layer. `str()` prints it."""
+@dataclass(repr=False)
+class Report(Shown):
+    """What `check_layer` found about a right layer: printed as text, in a notebook as HTML."""
 
     subject: str
     oracle: str = ""
@@ -55,15 +52,26 @@ class Report:
         """The time of all properties together."""
         return sum(p.seconds for p in self.properties)
 
-    def __str__(self) -> str:
-        head = (
-            f"{'':<4}{'property':<13}{'examples':>8} {'distinct':>9} {'elements':>9} {'worst/limit':>11} {'seconds':>8}"
-        )
-        lines = [f"{self.subject}: right, by {self.oracle}", "", head, *map(str, self.properties)]
+    def parts(self) -> list[str | Table]:
+        """What was judged by what; how each property went; which planted faults were noticed."""
+        head = ["", "property", "examples", "distinct", "elements", "worst/limit", "seconds", ""]
+        body = [
+            [p.number, p.name, *[""] * 5, p.note]
+            if p.note
+            else [
+                p.number,
+                p.name,
+                *map(str, (p.examples, p.distinct, p.elements)),
+                f"{p.worst:.2g}",
+                f"{p.seconds:.2f}",
+                p.remark,
+            ]
+            for p in self.properties
+        ]
+        parts: list[str | Table] = [f"{self.subject}: right, by {self.oracle}", "", Table([head, *body], "llrrrrrl")]
         if self.faults:
-            lines += ["", "faults planted to see whether this check can notice them:"]
-            lines += [f"    {name:<50}{fate}" for name, fate in self.faults.items()]
-        return "\n".join(lines)
+            parts += ["", Table([["planted fault", "can this check notice it"], *self.faults.items()], "ll")]
+        return parts
 
 
 def failure_text(error: CheckFailure, name: str, s: Sample | None, rich: Sequence[Sample], again: str) -> str:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from handgrad.layer import Layer
+from handgrad.tables import Shown, Table
 from handgrad.testing import subject
 from handgrad.tracked import tracked_by_autograd
 
@@ -25,14 +26,10 @@ class Row:
     max_difference: float
     note: str = ""
 
-    def __str__(self) -> str:
-        text = f"{self.exact!s:>6} {self.approximate!s:>12} {self.max_difference:>15.3g}"
-        return f"{text}  {self.note}" if self.note else text
 
-
-@dataclass(frozen=True)
-class GradientTable:
-    """The rows of `gradient_table`. `str()` prints the table; `ok` says whether every row is approximate."""
+@dataclass(frozen=True, repr=False)
+class GradientTable(Shown):
+    """The rows of `gradient_table`: printed as a table, in a notebook as HTML; `ok`: is every row approximate."""
 
     rows: tuple[Row, ...]
 
@@ -41,10 +38,20 @@ class GradientTable:
         """Whether there are rows and every one of them agrees with autograd up to rounding."""
         return bool(self.rows) and all(row.approximate for row in self.rows)
 
-    def __str__(self) -> str:
-        width = max([len(row.name) for row in self.rows], default=4)
-        head = f"{'':<{width}}  {'exact':>6} {'approximate':>12} {'max difference':>15}"
-        return "\n".join([head, *(f"{row.name:<{width}}  {row}" for row in self.rows)])
+    def parts(self) -> list[str | Table]:
+        """The table: as in the lecture, with a note where there is more to say."""
+        head = ["", "exact", "approximate", "max difference", ""]
+        body = [
+            [
+                row.name,
+                str(row.exact),
+                str(row.approximate),
+                f"{row.max_difference:.3g}",
+                row.note or ("" if row.approximate else "wrong"),
+            ]
+            for row in self.rows
+        ]
+        return [Table([head, *body], "lrrrl")]
 
 
 def gradient_table(model: Any, loss: Any, x: Any, target: Any) -> GradientTable:

@@ -98,31 +98,6 @@ def test_a_ratio_whose_interval_holds_one_is_no_difference():
     assert len(timed(lambda: None)(3)) == 1
 
 
-def test_profile_refuses_to_drop_what_waits_for_a_backward():
-    model = hg.Linear(3, 4)
-    model(torch.ones(2, 3))
-    with pytest.raises(hg.StateError, match=r"profile: a forward still waits for its backward"):
-        bench.profile(model, torch.ones(2, 3), torch.ones(2, 4))
-    model.drop_records()
-    with torch.no_grad():
-        assert len(bench.profile(model, torch.ones(2, 3), torch.ones(2, 4), seconds=0.0).rows) == 3
-
-
-def test_profile_has_one_row_per_layer_and_leaves_the_model_as_it_was():
-    model = hg.Sequential(hg.Embedding(5, 3), hg.Flatten(), hg.Sequential(hg.Linear(6, 4), hg.BatchNorm1d(4)))
-    before = {name: t.clone() for name, t in model.state_dict().items()}
-    model[0].weight.grad = grad = torch.ones(5, 3)
-    p = bench.profile(model, torch.randint(5, (8, 2)), torch.randint(4, (8,)), seconds=0.0)
-    assert [row.path for row in p.rows] == ["0", "1", "2.0", "2.1", "loss", "rest"]
-    assert sum(row.share for row in p.rows) == pytest.approx(1, abs=0.3)
-    assert p.rows[2].parameters == 28
-    assert "Linear(6 -> 4)" in str(p)
-    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
-    assert model[0].weight.grad is grad
-    assert model.pending == 0
-    assert "forward" not in vars(model[0])
-
-
 def test_the_command_writes_table_json_and_plot(tmp_path, capsys):
     pytest.importorskip("matplotlib")
     files = ["--json", str(tmp_path / "r.json"), "--plot", str(tmp_path / "r.png")]
@@ -172,3 +147,12 @@ def test_bad_arguments_are_a_clear_error(arguments, message, capsys):
         main(arguments)
     assert error.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_picture_without_matplotlib_is_refused_before_anything_is_measured(monkeypatch, capsys, tmp_path):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(SystemExit):
+        main(["--layer", "Tanh", "--plot", str(tmp_path / "r.png")])
+    said = capsys.readouterr()
+    assert 'pip install "handgrad[models]"' in said.err
+    assert said.out == ""

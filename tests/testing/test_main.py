@@ -17,7 +17,7 @@ def test_the_command_prints_the_report():
     """And exits with 0."""
     done = command("handgrad:Tanh", "--x", "*N", "--module", "torch.nn:Tanh")
     assert done.returncode == 0, done.stderr
-    assert "P14 plumbing" in done.stdout
+    assert "P14  plumbing" in done.stdout
     assert "Tanh: right, by reference" in done.stdout
 
 

@@ -185,3 +185,26 @@ def test_a_recurrent_cell_has_rows_for_every_step():
     table = gradient_table(Unroll(GRUCell(3, 4)), MSE(), torch.randn(2, 3, 3), torch.randn(2, 3, 4))
     assert table.ok
     assert {"cell.dx[1] (GRUCell, use 3)", "cell.dx (GRUCell, use 1)"} <= {*names(table)}
+
+
+def test_it_reads_well_on_a_terminal_and_in_a_notebook():
+    class Wrong(Tanh):
+        def backward(self, dout):
+            return super().backward(dout)[:, :1]
+
+    class Slightly(Tanh):
+        def backward(self, dout):
+            return super().backward(dout) * 1.01
+
+    model = Sequential(Slightly(), Tanh(), Linear(3, 2).freeze())
+    table = gradient_table(model, MSE(), torch.randn(5, 3), torch.randn(5, 2))
+    lines = str(table).splitlines()
+    assert repr(table) == str(table)
+    assert lines[0].split() == ["exact", "approximate", "max", "difference"]
+    assert [line.split()[-1] for line in lines if line.startswith(("0.dx", "2.weight"))] == ["frozen", "wrong"]
+    assert table._repr_html_().startswith("<table><tr><th ")
+    assert table._repr_html_().count("<tr>") == 1 + len(table.rows)
+    name = "a_node_with_a_long_name_" * 3
+    wide = gradient_table(Graph("x", name, **{name: (Wrong(), "x")}), MSE(), torch.randn(5, 3), torch.randn(5, 3))
+    assert max(map(len, str(wide).splitlines())) <= 100
+    assert "instead of" in str(wide)
