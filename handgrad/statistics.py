@@ -399,7 +399,9 @@ class _LayerSeen:
         units = []
         for top in self.tops.values():
             flat = top <= self.sound[0]  # of (N, T, D) and (N, C, T) alike (T, D): units are columns, or rows
-            units.append(max(flat.all(0), flat.all(1), key=lambda f: float(f.float().mean())) if top.dim() > 1 else flat)
+            units.append(
+                max(flat.all(0), flat.all(1), key=lambda f: float(f.float().mean())) if top.dim() > 1 else flat
+            )
         return float(sum(int(flat.sum()) for flat in units) / sum(flat.numel() for flat in units))
 
     def row(self, last: float | None) -> dict[str, Any]:

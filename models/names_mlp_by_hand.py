@@ -40,7 +40,7 @@ from pathlib import Path
 from names.errors import InputError
 from names.flags import whole
 
-parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("--data", type=Path, default=data, metavar="PATH", help="text file, one name per line")
 parser.add_argument("--block-size", type=whole(1, 1024), default=block_size, metavar="N", help="context (default 3)")
 parser.add_argument("--batch-size", type=whole(2, 2**16), default=batch_size, metavar="N", help="rows (default 32)")

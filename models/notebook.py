@@ -33,7 +33,7 @@ def make() -> nbformat.NotebookNode:
 
 def main() -> int:
     """Write the notebook."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__)
     path = SCRIPT.with_suffix(".ipynb")
     parser.add_argument("path", nargs="?", type=Path, default=path, help="where to (default: beside the script)")
     nbformat.write(make(), parser.parse_args().path)
