@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-BINS = 20, 100  # at least, and at the most
+BINS = 40, 100  # at least, and at the most
 POINTS = 200  # of a curve over the steps: beyond, each is the median of several steps
 LEGEND = 16, 32  # curves that a column of a legend names, and that a legend names in all
 NAME = 22  # characters of a name that a legend shows
@@ -62,7 +62,9 @@ def draw(columns: list[Column]) -> Figure:
         every = [getattr(column, key) for column in columns]
         edges = None if key == "updates" else _edges([curve.values for curves in every for curve in curves])
         for ax, column, curves in zip(axes, columns, every):
-            ax.set_title(f"{column.title}: {title}" if column.title else title)
+            ax.set_title(title, loc="left", fontsize=10)
+            if column.title and ax in grid[0]:
+                ax.set_title(column.title, pad=22, fontsize=14, fontweight="bold")
             if not curves:
                 ax.text(0.5, 0.5, f"{missing} was seen", ha="center", va="center", transform=ax.transAxes)
                 ax.set_axis_off()
@@ -73,7 +75,10 @@ def draw(columns: list[Column]) -> Figure:
             else:
                 _histograms(ax, curves, edges)
             _legend(ax, curves)
-        _share(axes, "y" if key == "updates" else "x")
+        drawn = [ax for ax in axes if ax.axison]
+        for ax in drawn[1:]:
+            ax.sharex(drawn[0])
+            ax.sharey(drawn[0])
     return figure
 
 
@@ -95,6 +100,8 @@ def _lines(ax: Axes, curves: list[Curve]) -> None:
         heights = [math.log10(r) if 0 < r < math.inf else math.nan for r in ratios]
         ax.plot(steps, heights, color=color, lw=1.3, label=_label(curve), marker="." if len(steps) == 1 else None)
     ax.axhline(-3, color="black", lw=1, ls="--")
+    for edge in (-4, -2):
+        ax.axhline(edge, color=INK, lw=0.8, ls=":")
     ax.set_ylabel("log10 update:data")
 
 
@@ -129,19 +136,13 @@ def _legend(ax: Axes, curves: list[Curve]) -> None:
             text.set_color(INK)
 
 
-def _share(axes: Any, axis: str) -> None:
-    drawn = [ax for ax in axes if ax.axison]
-    for ax in drawn[1:]:
-        getattr(ax, f"share{axis}")(drawn[0])
-
-
 def _edges(samples: list[Tensor]) -> Tensor:
-    """Bins for all curves: from their 0.1 to their 99.9 per cent, of a width after Freedman and Diaconis (1981)."""
+    """Bins for all curves, from their 0.5 to their 99.5 per cent; the finest after Freedman and Diaconis (1981)."""
     samples = [finite for values in samples if (finite := values[values.isfinite()]).numel()] or [torch.zeros(1)]
-    share = torch.tensor([0.001, 0.25, 0.75, 0.999])
+    share = torch.tensor([0.005, 0.25, 0.75, 0.995])
     low, first, third, high = torch.stack([values.quantile(share) for values in samples]).unbind(1)
     counts = torch.tensor([values.numel() for values in samples])
-    width = float((2 * (third - first) / counts ** (1 / 3)).median())
+    width = float((2 * (third - first) / counts ** (1 / 3)).min())
     start, end = float(low.min()), float(high.max())
     if start == end:
         start, end = start - 0.5, end + 0.5

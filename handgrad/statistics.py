@@ -34,12 +34,14 @@ DEAD = 0.10  # the share of units
 VANISHES, EXPLODES = 1e-2, 1e2  # dout's deviation, of that of the last nonlinearity
 SMALL, LARGE = 1e-4, 1e-2  # update:data of a weight
 KEPT = 1 << 15  # values that a curve of the pictures is made of, at least, where there are as many
-BATCH = 4096  # numbers that wait on their device until they are read, all at once
+EXACT = torch.float32, torch.float64  # dtypes in which the sums are exact enough
+BATCH = 512  # numbers that wait on their device until they are read, all at once
 WHOLE = 1000  # characters of a name that a notebook shows
-LAYERS, PARAMETERS = (12, 19, 24), (23, 30)  # characters of a path, a layer and a remark; of a name and a remark
+PATH, LAYER, NAME = 12, 31, 23  # characters of a path at most, of path and layer together, of a parameter's name
+REMARK = 24, 30  # characters of a line of a remark on a layer, or on a parameter
 
-Spread: TypeAlias = tuple[Tensor, Tensor]
-"""The mean of some values, and the norm of the values less their mean: two numbers still on their device."""
+Sums: TypeAlias = tuple[Tensor, ...]
+"""The sum and the norm of some values, and perhaps a number that was first taken from each: still on their device."""
 
 
 class Statistics:
@@ -119,7 +121,7 @@ class Statistics:
         self.model, self.optimizer, self.steps = model, optimizer, 0
         self._layers: dict[str, _LayerSeen] = {}
         self._params: dict[str, _ParameterSeen] = {}
-        self._later: list[tuple[Callable[..., None], int, Spread | tuple[Tensor, ...]]] = []
+        self._later: list[tuple[Callable[..., None], int, Sums]] = []
         self._watching: AbstractContextManager[None] | None = None
 
     # ------------------------------------------------------------------ looking
@@ -135,9 +137,10 @@ class Statistics:
         self._names, self._now = {name: i for i, name in enumerate(named)}, list(named.values())
         self._before = [p.clone() for p in self._now]
         self._versions = [p._version for p in self._now]
-        self._data = _spreads(self._now)
-        self._grads: dict[str, tuple[Spread, Tensor | None]] = {}  # so far, of the backward at work
-        self._last: tuple[Tensor | None, Spread | None] = None, None
+        self._means = [p.mean() for p in self._now]
+        self._data = [self._data_sums(i) for i in range(len(named))]
+        self._grads: dict[str, tuple[Sums, Tensor | None]] = {}  # so far, of the backward at work
+        self._last: tuple[Tensor | None, Sums] = None, ()
         self._after_backward = False
         self._watching = watch(self.model, out=self._saw_out, dout=self._saw_dout, grad=self._saw_grad)
         self._watching.__enter__()
@@ -160,7 +163,7 @@ class Statistics:
             self._find_update()
         if out.is_floating_point() and out.numel():
             seen = self._layers[path]
-            self._later.append((seen.out.add, out.numel(), self._spread(out)))
+            self._later.append((seen.out.add, out.numel(), self._sums(out)))
             if seen.is_nonlinear:
                 self._saw_activation(seen, out)
 
@@ -169,8 +172,8 @@ class Statistics:
         if seen.sound is not None:
             low, high = seen.sound
             if high < math.inf:
-                share = out.clamp(low, high).ne(out).float().mean()
-                self._later.append((seen.flat.add, out.numel(), (share,)))
+                beyond = out.clamp(low, high).ne(out).count_nonzero()
+                self._later.append((seen.flat.add, out.numel(), (beyond.to(torch.float32),)))
             elif out.dim():
                 seen.see_units(out.amax((0, *range(2, out.dim())) if out.dim() > 3 else 0))
 
@@ -178,7 +181,7 @@ class Statistics:
         self._after_backward = True
         if dout.is_floating_point() and dout.numel():
             seen = self._layers[path]
-            self._later.append((seen.dout.add, dout.numel(), self._spread(dout)))
+            self._later.append((seen.dout.add, dout.numel(), self._sums(dout)))
             if seen.is_nonlinear:
                 seen.douts.add(_sample(dout))
 
@@ -189,17 +192,16 @@ class Statistics:
             grad = so_far + grad
         elif name in self._grads:  # an earlier one, cleared before any update
             self._end_gradient(name)
-        self._grads[name] = _spread(grad), _sample(grad) if grad.dim() > 1 else None
+        self._grads[name] = _sums(grad), _sample(grad) if grad.dim() > 1 else None
 
     def _end_gradients(self) -> None:
         for name in list(self._grads):
             self._end_gradient(name)
 
     def _end_gradient(self, name: str) -> None:
-        spread, sample = self._grads.pop(name)
-        i, seen = self._names[name], self._params[name]
-        self._later.append((seen.grad.add, self._now[i].numel(), spread))
-        self._later.append((seen.data.add, self._now[i].numel(), self._data[i]))
+        sums, sample = self._grads.pop(name)
+        seen = self._params[name]
+        self._later.append((seen.grad.add, seen.size, sums))
         if sample is not None:
             seen.grads.add(sample)
 
@@ -214,22 +216,25 @@ class Statistics:
         self._end_gradients()
         if len(self._later) > BATCH:
             self._read()
-        new, old = [now[i] for i in moved], [before[i] for i in moved]
-        names = list(self._names)
-        spreads = _spreads([*torch._foreach_sub(new, old), *new])
-        for i, (_, norm), data in zip(moved, spreads, spreads[len(moved) :]):
-            self._later.append((self._params[names[i]].add_update, self.steps, (norm, *self._data[i])))
-            self._data[i], self._versions[i] = data, now[i]._version
+        new, old, names = [now[i] for i in moved], [before[i] for i in moved], list(self._names)
+        torch._foreach_sub_(old, new)
+        for i, p, change in zip(moved, new, old):
+            self._later.append((self._params[names[i]].add_update, self.steps, (*_sums(change), *self._data[i])))
+            self._data[i], self._versions[i] = self._data_sums(i), p._version
         torch._foreach_copy_(old, new)
         self.steps += 1
 
-    def _spread(self, t: Tensor) -> Spread:
-        """That of t, which a container may just have shown."""
-        last, spread = self._last
-        if spread is None or last is not t:
-            spread = _spread(t)
-            self._last = t, spread
-        return spread
+    def _data_sums(self, i: int) -> Sums:
+        """Those of a parameter, less its mean on entering: a weight may be all but constant, as a BatchNorm's is."""
+        return *_sums(torch.sub(self._now[i], self._means[i])), self._means[i]
+
+    def _sums(self, t: Tensor) -> Sums:
+        """Those of t, which a container may just have shown."""
+        last, sums = self._last
+        if last is not t:
+            sums = _sums(t)
+            self._last = t, sums
+        return sums
 
     def _read(self) -> None:
         """Add up the numbers that wait on their device."""
@@ -277,18 +282,19 @@ class Statistics:
     def _tables(self, cut: bool) -> tuple[Rows, Rows]:
         """The rows of the layers and of the parameters, cut and wrapped to at most 100 columns or whole."""
         found = self.to_dict()
-        path_width, text_width, *_ = LAYERS if cut else (WHOLE, WHOLE)
+        path_width = min(PATH, max(map(len, found["layers"]))) if cut else WHOLE
+        text_width = LAYER - path_width if cut else WHOLE
         layers = [["", "layer", "out mean", "std", "dout mean", "std", ""]]
         for path, row in found["layers"].items():
             numbers = [_number(row[key]) for key in ("out_mean", "out_std", "dout_mean", "dout_std")]
             notes = [_percent(row[word], word) for word in ("saturated", "dead") if row[word] is not None]
             cells = [_end(path, path_width), _start(row["layer"], text_width), *numbers]
-            layers += _rows(cells, row["remarks"], notes, LAYERS[-1] if cut else None)
+            layers += _rows(cells, row["remarks"], notes, REMARK[0] if cut else None)
         params = [["parameter", "std", "grad std", "grad:data", "update:data", ""]]
         for name, row in found["parameters"].items():
             numbers = [_number(row[key]) for key in ("std", "grad_std", "grad_to_data")]
-            cells = [_end(name, PARAMETERS[0] if cut else WHOLE), *numbers, _ten_to(row["update_to_data"])]
-            params += _rows(cells, row["remarks"], ["frozen"] * row["frozen"], PARAMETERS[-1] if cut else None)
+            cells = [_end(name, NAME if cut else WHOLE), *numbers, _ten_to(row["update_to_data"])]
+            params += _rows(cells, row["remarks"], ["frozen"] * row["frozen"], REMARK[1] if cut else None)
         return layers, params
 
     def __str__(self) -> str:
@@ -343,21 +349,38 @@ class Statistics:
 
 
 class _Moments:
-    """Mean and deviation of all the values added so far; with shares, which have no deviation of their own, the mean."""
+    """Mean and deviation of all the values added so far."""
 
     def __init__(self) -> None:
-        self.count, self.mean, self.squares = 0, 0.0, 0.0
+        self.count, self.mean, self.squares = 0, 0.0, 0.0  # the squares of the values less their mean
 
-    def add(self, count: int, mean: float, norm: float = 0.0) -> None:
-        """Add `count` values by their mean, and the norm of the values less their mean."""
-        total, further = self.count + count, mean - self.mean
-        self.squares += norm * norm + further * further * self.count * count / total
-        self.mean += further * count / total
-        self.count = total
+    def add(self, count: int, total: float, norm: float, shift: float = 0.0) -> None:
+        """Add `count` values by the sum and the norm of what is left of them after `shift` is taken from each."""
+        before, further = self.count, total / count + shift - self.mean
+        self.count += count
+        self.squares += _squares(count, total, norm) + further * further * before * count / self.count
+        self.mean += further * count / self.count
 
     @property
     def std(self) -> float:
         return math.sqrt(self.squares / (self.count - 1)) if self.count > 1 else math.nan
+
+
+def _squares(count: int, total: float, norm: float) -> float:
+    """The sum of the squares of values less their mean, by their sum and norm. (max would lose a NaN.)"""
+    squares = norm * norm - total * total / count
+    return 0.0 if squares < 0 else squares
+
+
+class _Share:
+    """The share of all the values added so far that are on a flat part."""
+
+    def __init__(self) -> None:
+        self.count, self.beyond = 0, 0.0
+
+    def add(self, count: int, beyond: float) -> None:
+        self.count += count
+        self.beyond += beyond
 
 
 class _Kept:
@@ -384,7 +407,7 @@ class _LayerSeen:
         kinds = [kind for kind in type(layer).__mro__ if kind in Statistics.nonlinearities]
         self.is_nonlinear = bool(kinds)
         self.sound = Statistics.nonlinearities[kinds[0]] if kinds else None
-        self.out, self.dout, self.flat = _Moments(), _Moments(), _Moments()
+        self.out, self.dout, self.flat = _Moments(), _Moments(), _Share()
         self.outs, self.douts = _Kept(), _Kept()
         self.tops: dict[torch.Size, Tensor] = {}  # the greatest value of each unit, by how many there are
 
@@ -405,7 +428,7 @@ class _LayerSeen:
         return float(sum(int(flat.sum()) for flat in units) / sum(flat.numel() for flat in units))
 
     def row(self, last: float | None) -> dict[str, Any]:
-        saturated, dead = self.flat.mean if self.flat.count else None, self.dead()
+        saturated, dead = self.flat.beyond / self.flat.count if self.flat.count else None, self.dead()
         remarks = []
         if saturated is not None and saturated > SATURATED:
             remarks.append(_percent(saturated, "saturated"))
@@ -434,14 +457,18 @@ class _ParameterSeen:
         self.data, self.grad, self.grads = _Moments(), _Moments(), _Kept()
         self.updates = array("f")  # update:data of each update of the model; NaN where there is none
 
-    def add_update(self, number: int, norm: float, mean: float, data: float) -> None:
-        """Add update:data of an update: the quotient of two deviations, or NaN where the second is but rounding."""
+    def add_update(self, number: int, total: float, norm: float, *data: float) -> None:
+        """Add update:data of an update: a quotient of deviations, or NaN where all values of the parameter are equal."""
+        self.data.add(self.size, *data)
+        moved, spread = _squares(self.size, total, norm), _squares(self.size, *data[:2])
+        flat = spread <= 1e-12 * self.size * data[2] ** 2  # but for rounding
         self.updates.extend([math.nan] * (number - len(self.updates)))
-        flat = data <= 1e-6 * abs(mean) * math.sqrt(self.size)
-        self.updates.append(math.nan if flat else norm / data)
+        self.updates.append(math.nan if flat else math.sqrt(moved / spread))
 
     def row(self, param: Tensor, has_optimizer: bool, steps: int) -> dict[str, Any]:
         frozen, std, grad = is_frozen(param), self.data.std, self.grad.std
+        if not self.data.count and self.size > 1:
+            std = float(param.double().std())
         ratios = [ratio for ratio in self.updates if math.isfinite(ratio)]
         ratio = statistics.median(ratios) if ratios else None
         remarks = [] if has_optimizer else ["not in the optimizer"]
@@ -454,7 +481,7 @@ class _ParameterSeen:
                 if beyond:
                     remarks.append(f"update:data {_power(ratio)}, too {word}")
         return {
-            "std": _plain(std if self.data.count else float(param.double().std(correction=int(self.size > 1)))),
+            "std": _plain(std),
             "grad_std": _plain(grad),
             "grad_to_data": _plain(grad / std) if std else None,
             "update_to_data": ratio,
@@ -463,17 +490,10 @@ class _ParameterSeen:
         }
 
 
-def _spread(t: Tensor) -> Spread:
-    # Neither var_mean nor var: both are several times slower on a CPU.
-    t = t if t.dtype in (torch.float32, torch.float64) else t.float()
-    mean = t.mean()
-    return mean, torch.linalg.vector_norm(t - mean)
-
-
-def _spreads(tensors: list[Tensor]) -> list[Spread]:
-    tensors = [t if t.dtype in (torch.float32, torch.float64) else t.float() for t in tensors]
-    means = [t.mean() for t in tensors]
-    return list(zip(means, torch._foreach_norm(torch._foreach_sub(tensors, means)))) if tensors else []
+def _sums(t: Tensor) -> tuple[Tensor, Tensor]:
+    # The fastest way to a mean and a deviation: var_mean takes several times as long on a CPU, of many numbers 40 times.
+    t = t if t.dtype in EXACT else t.float()
+    return t.sum(), torch.linalg.vector_norm(t)
 
 
 def _sample(t: Tensor) -> Tensor:
