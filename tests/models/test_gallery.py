@@ -20,7 +20,6 @@ import residual_cnn
 import seq2seq
 import siamese
 import straight_through
-import tied
 import torch
 import transfer
 import unet
@@ -29,6 +28,7 @@ from torch import Tensor
 from torch.nn import functional
 
 import digits
+import tied
 from handgrad import MSE, BCEWithLogits, CrossEntropy, Layer, Loss, Losses, Sequential, TrainStep
 from handgrad.testing import check_layer, check_loss, gradient_table
 from tests.models.running import script
@@ -162,7 +162,7 @@ def test_what_is_wrong_with_a_bad_start() -> None:
     (bad, _), (good, _) = (
         initialisation.train(*start, steps=20) for start in (initialisation.BAD, initialisation.GOOD)
     )
-    tanhs, parameters = ([row for row in bad.to_dict()[of].values()] for of in ("layers", "parameters"))
+    tanhs, parameters = (list(bad.to_dict()[of].values()) for of in ("layers", "parameters"))
     assert [row["saturated"] > 0.4 for row in tanhs if row["layer"] == "Tanh()"] == [True] * 5
     assert any("too small" in remark for row in parameters for remark in row["remarks"])
     assert not any(row["remarks"] for of in ("layers", "parameters") for row in good.to_dict()[of].values())
