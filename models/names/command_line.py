@@ -93,7 +93,9 @@ def run_script(recipe: Recipe, args: argparse.Namespace, stop: Stop) -> int:
     save()
     show_results(run, splits, args, device, inside, stopped=stop.asked or failure is not None)
     if failure is not None:
-        paths = {"checkpoint": args.save, "report": args.report, "plot": args.plot, "pictures": args.watch}
+        paths = {"checkpoint": args.save, "report": args.report, "plot": args.plot}
+        if inside.seen():
+            paths["pictures"] = args.watch
         kept = ", ".join(["losses", *(f"{name} {path}" for name, path in paths.items() if path is not None)])
         print(f"{recipe.name}: error: step {run.step + 1:,}: {failure}; kept, up to this step: {kept}", file=sys.stderr)
         return 1

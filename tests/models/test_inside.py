@@ -108,8 +108,9 @@ def test_ctrl_c_draws_what_there_is(
     assert capsys.readouterr().out.endswith(f"{tmp_path / 'w.png'} (steps 121 to 160 and steps 761 to 800)\n")
 
 
+@pytest.mark.parametrize("failing", [1, 30])
 def test_a_run_goes_on_from_before_the_step_that_failed(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    failing: int, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """On the same minibatch: what it would have come to without the failure, to the bit."""
     flags, right, calls = ["--data", data, "--steps", 60, *SMALL], names_gru.GRU.forward, 0
@@ -117,12 +118,16 @@ def test_a_run_goes_on_from_before_the_step_that_failed(
     def wrong_once(layer: Layer, x: Tensor) -> Tensor:
         nonlocal calls
         calls += layer.training
-        return right(layer, x * float("nan") if calls == 30 else x)
+        return right(layer, x * float("nan") if calls == failing else x)
 
     assert run(*flags, "--save", tmp_path / "whole", recipe=names_gru.RECIPE) == 0
     with monkeypatch.context() as patch:
         patch.setattr(names_gru.GRU, "forward", wrong_once)
-        assert run(*flags, "--save", tmp_path / "part", "--tripwire", recipe=names_gru.RECIPE) == 1
-    assert checkpoint_step(tmp_path / "part") == 29
+        looking = ["--tripwire", "--watch", tmp_path / "w.png"]
+        assert run(*flags, "--save", tmp_path / "part", *looking, recipe=names_gru.RECIPE) == 1
+    assert checkpoint_step(tmp_path / "part") == failing - 1
+    pictures = failing > 1  # of no step there are none
+    assert (tmp_path / "w.png").exists() == pictures
+    assert (f"pictures {tmp_path / 'w.png'}\n" in capsys.readouterr().err) == pictures
     assert run(*flags, "--resume", tmp_path / "part", "--save", tmp_path / "part", recipe=names_gru.RECIPE) == 0
     assert equal_checkpoints(tmp_path / "whole", tmp_path / "part")
