@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-BINS = 40, 100  # at least, and at the most
+BINS = 40, 80  # at least, and at the most
 POINTS = 200  # of a curve over the steps: beyond, each is the median of several steps
 LEGEND = 16, 32  # curves that a column of a legend names, and that a legend names in all
 NAME = 22  # characters of a name that a legend shows
@@ -57,14 +57,14 @@ def draw(columns: list[Column]) -> Figure:
         problem = 'pictures need matplotlib: pip install "handgrad[models]"'
         raise ImportError(f"Statistics.figure: {problem}") from error
     figure = Figure(figsize=(8.5 * len(columns), 12), layout="constrained")
-    grid: Any = figure.subplots(4, len(columns), squeeze=False)
+    grid: Any = figure.subplots(4, len(columns), squeeze=False, sharex="row", sharey="row")
     for axes, (key, (title, xlabel, missing)) in zip(grid, PICTURES.items()):
         every = [getattr(column, key) for column in columns]
         edges = None if key == "updates" else _edges([curve.values for curves in every for curve in curves])
         for ax, column, curves in zip(axes, columns, every):
             ax.set_title(title, loc="left", fontsize=10)
             if column.title and ax in grid[0]:
-                ax.set_title(column.title, pad=22, fontsize=14, fontweight="bold")
+                ax.set_title(column.title + "\n", fontsize=14, fontweight="bold")
             if not curves:
                 ax.text(0.5, 0.5, f"{missing} was seen", ha="center", va="center", transform=ax.transAxes)
                 ax.set_axis_off()
@@ -75,10 +75,8 @@ def draw(columns: list[Column]) -> Figure:
             else:
                 _histograms(ax, curves, edges)
             _legend(ax, curves)
-        drawn = [ax for ax in axes if ax.axison]
-        for ax in drawn[1:]:
-            ax.sharex(drawn[0])
-            ax.sharey(drawn[0])
+        if edges is not None:
+            axes[0].set_ylim(bottom=0)
     return figure
 
 
@@ -89,14 +87,13 @@ def _histograms(ax: Axes, curves: list[Curve], edges: Tensor) -> None:
         density = torch.histogram(values, edges).hist / max(1, values.numel()) / (edges[1] - edges[0])
         ax.plot(middles.tolist(), density.tolist(), color=color, lw=1.3, label=_label(curve))
     ax.set_ylabel("density")
-    ax.set_ylim(bottom=0)
 
 
 def _lines(ax: Axes, curves: list[Curve]) -> None:
     for color, curve in zip(_colors(len(curves)), curves):
         every = -(-curve.values.numel() // POINTS)
         steps = [1 + i * every + (every - 1) / 2 for i in range(-(-curve.values.numel() // every))]
-        ratios = [float(part.nanmedian()) for part in curve.values.split(every)]
+        ratios = [float(part.nanmedian()) for part in torch.split(curve.values, every)]
         heights = [math.log10(r) if 0 < r < math.inf else math.nan for r in ratios]
         ax.plot(steps, heights, color=color, lw=1.3, label=_label(curve), marker="." if len(steps) == 1 else None)
     ax.axhline(-3, color="black", lw=1, ls="--")
@@ -128,7 +125,8 @@ def _legend(ax: Axes, curves: list[Curve]) -> None:
         ncols=-(-len(shown) // per_column),
         loc="center left",
         bbox_to_anchor=(1.0, 0.5),
-        fontsize=7.5,
+        fontsize=7,
+        labelspacing=0.4,
         frameon=False,
     )
     for i, text in zip(shown, legend.get_texts()):
@@ -137,12 +135,12 @@ def _legend(ax: Axes, curves: list[Curve]) -> None:
 
 
 def _edges(samples: list[Tensor]) -> Tensor:
-    """Bins for all curves, from their 0.5 to their 99.5 per cent; the finest after Freedman and Diaconis (1981)."""
+    """Bins for all curves, from their 0.5 to their 99.5 per cent; their width after Freedman and Diaconis (1981)."""
     samples = [finite for values in samples if (finite := values[values.isfinite()]).numel()] or [torch.zeros(1)]
     share = torch.tensor([0.005, 0.25, 0.75, 0.995])
     low, first, third, high = torch.stack([values.quantile(share) for values in samples]).unbind(1)
     counts = torch.tensor([values.numel() for values in samples])
-    width = float((2 * (third - first) / counts ** (1 / 3)).min())
+    width = float((2 * (third - first) / counts ** (1 / 3)).median())
     start, end = float(low.min()), float(high.max())
     if start == end:
         start, end = start - 0.5, end + 0.5
