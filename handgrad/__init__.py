@@ -36,6 +36,7 @@ from handgrad.losses.mse import MSE
 from handgrad.losses.several import Losses
 from handgrad.memory import keep_freed_memory
 from handgrad.optim import SGD
+from handgrad.statistics import Statistics
 from handgrad.train import TrainStep
 from handgrad.watch import tripwire, watch
 
@@ -101,6 +102,7 @@ __all__ = [
     "Softmax",
     "StateDictError",
     "StateError",
+    "Statistics",
     "Sum",
     "Tanh",
     "TrainStep",

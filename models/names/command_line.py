@@ -10,14 +10,16 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 
 import torch
 
-from handgrad import CrossEntropy, TrainStep, keep_freed_memory
+from handgrad import CrossEntropy, NonFiniteError, TrainStep, keep_freed_memory
 from names.checkpoint import load_checkpoint, resume, save_checkpoint, write_atomically
 from names.data import Split, Vocabulary, fingerprint, minibatch, read_names, split_names
 from names.errors import InputError, require
 from names.flags import parse_flags
+from names.inside import Inside, draw
 from names.output import plot, progress_bar, report
 from names.run import Config, Recipe, Run
 from names.training import evaluate, sample, train
@@ -26,7 +28,7 @@ SAVE_EVERY = 5.0  # seconds between checkpoints
 
 
 def main(recipe: Recipe, argv: Sequence[str] | None = None) -> int:
-    """Run a names model; the exit code is 0, or 1 for a wrong gradient, 2 for bad input, 130 after Ctrl-C."""
+    """Run a names model; the exit code is 0, or 1 for a wrong gradient or a NaN, 2 for bad input, 130 after Ctrl-C."""
     args = parse_flags(recipe, argv)
     try:
         with Stop() as stop:
@@ -40,9 +42,7 @@ def main(recipe: Recipe, argv: Sequence[str] | None = None) -> int:
 
 def run_script(recipe: Recipe, args: argparse.Namespace, stop: Stop) -> int:
     """Everything between the flags and the exit code."""
-    for path in (args.save, args.plot, args.report):
-        if path is not None and not path.parent.is_dir():
-            raise InputError(f"cannot write {path}: there is no directory {path.parent}")
+    refuse(args)
     device = set_up(args.device, args.threads)
     names = read_names(args.data)
     vocabulary, data = Vocabulary.of(names), fingerprint(names)
@@ -70,10 +70,11 @@ def run_script(recipe: Recipe, args: argparse.Namespace, stop: Stop) -> int:
         return 1
 
     step = TrainStep(run.model, CrossEntropy(), run.optimizer)
+    inside = Inside(run, step.loss, tripwire=args.tripwire, watch=args.watch is not None)
     if args.compile:
         print("compiling the training step: the first steps take a minute or so", flush=True)
         step = step.compile()
-    saved = time.monotonic()
+    saved, failure = time.monotonic(), None
     with progress_bar(run) as show_progress:
 
         def go_on() -> bool:
@@ -85,10 +86,34 @@ def run_script(recipe: Recipe, args: argparse.Namespace, stop: Stop) -> int:
             show_progress()
             return not stop.asked
 
-        train(run, step, splits["train"], splits["val"], go_on)
+        try:
+            train(run, step, splits["train"], splits["val"], go_on, inside.around, one_by_one=args.tripwire)
+        except NonFiniteError as error:
+            failure = error
     save()
-    show_results(run, splits, args, device, stopped=stop.asked)
+    show_results(run, splits, args, device, inside, stopped=stop.asked or failure is not None)
+    if failure is not None:
+        paths = {"checkpoint": args.save, "report": args.report, "plot": args.plot}
+        if inside.seen():
+            paths["pictures"] = args.watch
+        kept = ", ".join(["losses", *(f"{name} {path}" for name, path in paths.items() if path is not None)])
+        print(f"{recipe.name}: error: step {run.step + 1:,}: {failure}; kept, up to this step: {kept}", file=sys.stderr)
+        return 1
     return 130 if stop.asked else 0
+
+
+def refuse(args: argparse.Namespace) -> None:
+    """Raise InputError, before any work, for what could only fail later."""
+    for path in (args.save, args.plot, args.report, args.watch):
+        if path is not None and not path.parent.is_dir():
+            raise InputError(f"cannot write {path}: there is no directory {path.parent}")
+    for flag in ("tripwire", "watch"):
+        if args.compile and getattr(args, flag):
+            raise InputError(
+                f"--{flag} looks inside the steps, and a compiled one cannot be looked into; omit --compile"
+            )
+    if args.plot is not None or args.watch is not None:
+        require("matplotlib")
 
 
 def set_up(device_name: str, threads: int) -> torch.device:
@@ -115,16 +140,16 @@ def check_gradients(run: Run, split: Split) -> bool:
 
 
 def show_results(
-    run: Run, splits: dict[str, Split], args: argparse.Namespace, device: torch.device, *, stopped: bool
+    run: Run, splits: dict[str, Split], args: argparse.Namespace, device: torch.device, inside: Inside, *, stopped: bool
 ) -> None:
-    """Evaluate and sample; print the results, and write the report and the plot that were asked for."""
+    """Evaluate and sample; print the results, and write the report and the pictures that were asked for."""
     losses = {name: evaluate(run.model, split) for name, split in splits.items()}
     samples = sample(run, args.samples, device)
     state = f"stopped after {run.step:,} of {run.config.steps:,} steps" if stopped else f"{run.step:,} steps"
     speed = f", {run.steps_per_second:,.0f} steps/s" if run.steps_per_second else ""
     print("  ".join(f"{name} {loss:.4f}" for name, loss in losses.items()) + f"   ({state}{speed})")
     if args.samples:
-        print("samples: " + " ".join(name or "(empty)" for name in samples))
+        print("samples: " + (" ".join(name or "(empty)" for name in samples) or "none, the output is not finite"))
     if args.save is not None:
         print(f"checkpoint: {args.save}")
     if args.report is not None:
@@ -134,6 +159,20 @@ def show_results(
     if args.plot is not None:
         title = f"{run.recipe.name}: {run.parameters:,} parameters, validation loss {losses['val']:.4f}"
         write_atomically(args.plot, plot(run, title))
+    if args.watch is not None:
+        show_statistics(inside, args.watch)
+
+
+def show_statistics(inside: Inside, path: Path) -> None:
+    """Print the table of the last steps that were watched, and write the pictures."""
+    seen = inside.seen()
+    if not seen:
+        print("pictures: none, no step was taken")
+        return
+    title, last = list(seen.items())[-1]
+    print(f"\n{title}: {last}\n")
+    write_atomically(path, draw(seen))
+    print(f"pictures: {path} ({' and '.join(seen)})")
 
 
 class Stop:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import argparse
 import math
+import shutil
+import textwrap
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -59,9 +62,11 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 def parse_flags(recipe: Recipe, argv: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line. A flag that is a field of Config is None where it was not given."""
-    defaults = recipe.defaults
+    defaults, width = recipe.defaults, min(100, shutil.get_terminal_size().columns - 2)
     parser = argparse.ArgumentParser(
-        prog=recipe.name, description=recipe.description, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=recipe.name,
+        description="\n\n".join(textwrap.fill(text, width) for text in recipe.description.split("\n\n")),
+        formatter_class=partial(argparse.RawDescriptionHelpFormatter, width=width),
     )
 
     def size(name: str, low: int, high: int, text: str, group: Any) -> None:
@@ -104,6 +109,18 @@ def parse_flags(recipe: Recipe, argv: Sequence[str] | None) -> argparse.Namespac
         "--check",
         action="store_true",
         help="before training, hold the first gradients against autograd, in float64; exit 1 if any is off",
+    )
+    result.add_argument(
+        "--tripwire",
+        action="store_true",
+        help="end the run at the first NaN or infinity, and say in which layer; exit 1. Slower",
+    )
+    result.add_argument(
+        "--watch",
+        type=Path,
+        metavar="PATH",
+        help="draw activations, gradients and updates of the first and the last steps here (PNG), "
+        "and print a table of the last",
     )
     result.add_argument(
         "--samples", type=whole(0, 10**6), default=20, metavar="N", help="names to sample at the end (default 20)"

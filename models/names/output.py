@@ -38,19 +38,19 @@ def plot(run: Run, title: str) -> bytes:
     """A PNG picture of the losses: of each step, faint; their running mean; on validation; and where the lr changes."""
     require("matplotlib").use("Agg")
     pyplot = require("matplotlib.pyplot")
-    losses, window = run.losses[: run.step], min(1000, max(1, run.step // 20))
+    losses, window = run.losses[: run.step], min(4000, max(1, run.step // 20))
     figure, axes = pyplot.subplots(figsize=(9, 5), layout="constrained")
     raw = {"color": "tab:blue", "alpha": max(0.03, min(0.3, 600 / (run.step + 1))), "markersize": 1.5}
     axes.plot(range(1, run.step + 1), losses.numpy(), "o", markeredgewidth=0, label="minibatch", **raw)
-    if run.step:
-        sums = torch.cat([torch.zeros(1, dtype=torch.float64), losses.double().cumsum(0)])
-        means = (sums[window:] - sums[:-window]) / window
-        label = f"mean over {window:,} steps"
-        axes.plot(range(window, run.step + 1), means.numpy(), color="tab:blue", linewidth=1.8, label=label)
-        if run.step > 20:
-            axes.set_ylim(*(float(losses.nan_to_num().quantile(share)) for share in (0.002, 0.998)))
-    if run.validations:
-        axes.plot(*zip(*run.validations), "o-", color="tab:orange", markersize=4, label="validation")
+    sums = torch.cat([torch.zeros(1, dtype=torch.float64), losses.double().cumsum(0)])
+    means = ((sums[window:] - sums[:-window]) / window).tolist()
+    middles = [first + (window + 1) / 2 for first in range(len(means))]  # of the steps that each is the mean of
+    axes.plot(middles, means, color="tab:blue", linewidth=1.8, label=f"mean over {window:,} steps")
+    axes.plot(*zip(*run.validations or [(None, None)]), "o-", color="tab:orange", markersize=4, label="validation")
+    curves = [loss for loss in (*means, *(loss for _, loss in run.validations)) if math.isfinite(loss)]
+    if curves:  # minibatches beyond are cut off
+        margin = 0.3 * (max(curves) - min(curves)) + 0.01
+        axes.set_ylim(min(curves) - margin, max(curves) + margin)
     change = run.config.steps // 2
     if 0 < change < run.step:
         axes.axvline(change, color="gray", linestyle="--", linewidth=1)
@@ -59,7 +59,7 @@ def plot(run: Run, title: str) -> bytes:
     axes.set(title=title, xlabel="step", ylabel="cross-entropy (nats a character)")
     axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.grid(alpha=0.2)
-    for line in axes.legend(loc="upper right").get_lines():
+    for line in figure.legend(loc="outside lower center", ncols=3).get_lines():
         line.set(alpha=1, markersize=4)
     image = io.BytesIO()
     figure.savefig(image, dpi=120, format="png")

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
-from handgrad import CrossEntropy, Layer, TrainStep
+from handgrad import CrossEntropy, Layer, NonFiniteError, TrainStep
 from names.data import BOUNDARY, Split, minibatches
 from names.run import Run
 
@@ -17,20 +18,43 @@ ROWS_AT_ONCE = 8192  # rows of a split evaluated at once
 LONGEST_SAMPLE = 64  # characters after which a sampled name is cut off
 
 
-def train(run: Run, step: TrainStep, split: Split, val: Split, go_on: Callable[[], bool]) -> None:
-    """Take the steps that are left, in short stretches; before each, `go_on()` says whether to take it."""
+def train(
+    run: Run,
+    step: TrainStep,
+    split: Split,
+    val: Split,
+    go_on: Callable[[], bool],
+    around: Callable[[int], AbstractContextManager[object]] = nullcontext,
+    one_by_one: bool = False,
+) -> None:
+    """Take the steps that are left, in short stretches; before each, `go_on()` says whether to take it.
+
+    `around(end)` gives the context for the steps of a stretch. With `one_by_one`, after a NonFiniteError the run is as
+    it was before that step, but for running statistics: resumed, it takes the step on the same minibatch.
+    """
     config, started = run.config, run.step
     validate_every = max(1, config.steps // VALIDATIONS)
     while run.step < config.steps and go_on():
         end = end_of_stretch(run.step, config.steps, validate_every)
         for group in run.optimizer.param_groups:
             group["lr"] = config.lr_at(run.step)
-        begun = time.perf_counter()
-        xs, ys = minibatches(split, end - run.step, config.batch_size, run.generator)
-        run.losses[run.step : end] = step.many(xs, ys)  # of each minibatch: forward, loss, backward, update
-        if run.step > started:  # the first stretch warms up, or compiles
+        begun, first, generator = time.perf_counter(), run.step, run.generator.get_state()
+        xs, ys = minibatches(split, end - first, config.batch_size, run.generator)
+        try:
+            with around(end):
+                if one_by_one:
+                    for x, y in zip(xs, ys):
+                        run.losses[run.step] = step(x, y)
+                        run.step += 1
+                else:
+                    run.losses[first:end] = step.many(xs, ys)  # of each minibatch: forward, loss, backward, update
+        except NonFiniteError:
+            run.generator.set_state(generator)
+            minibatches(split, run.step - first, config.batch_size, run.generator)  # of the steps that were taken
+            raise
+        if first > started:  # the first stretch warms up, or compiles
             run.seconds += time.perf_counter() - begun
-            run.timed_steps += end - run.step
+            run.timed_steps += end - first
         run.step = end
         if run.step % validate_every == 0:
             run.validations.append((run.step, evaluate(run.model, val)))
@@ -59,7 +83,7 @@ def evaluate(model: Layer, split: Split) -> float:
 
 @torch.no_grad()
 def sample(run: Run, count: int, device: torch.device) -> list[str]:
-    """Draw `count` names from the model, character by character."""
+    """Draw `count` names from the model, character by character; none where its output is not finite."""
     block_size, generator = run.config.block_size, torch.Generator().manual_seed(run.config.seed)
     begin = 1 if run.recipe.sequences else block_size  # boundaries before the first character
     tokens = torch.zeros(count, begin, dtype=torch.int64)
@@ -67,6 +91,9 @@ def sample(run: Run, count: int, device: torch.device) -> list[str]:
     for _ in range(LONGEST_SAMPLE if count else 0):
         logits = run.model(tokens[:, -block_size:].to(device)).cpu()
         probabilities = logits.view(count, -1, len(run.vocabulary))[:, -1].softmax(1)
+        if not bool(probabilities.isfinite().all()):
+            tokens = tokens[:0]
+            break
         tokens = torch.cat([tokens, torch.multinomial(probabilities, 1, generator=generator)], 1)
         if bool((tokens[:, begin:] == 0).any(1).all()):
             break

@@ -73,13 +73,17 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path: Path, capsys: pytest.Ca
         (["--device", "nowhere"], "--device nowhere cannot be used here"),
         (["--save", tmp_path / "no" / "where"], "there is no directory"),
         (["--report", tmp_path / "no" / "where"], "there is no directory"),
+        (["--watch", tmp_path / "no" / "where"], "there is no directory"),
+        (["--watch", tmp_path / "w.png", "--compile"], "--watch looks inside the steps"),
+        (["--tripwire", "--compile"], "--tripwire looks inside the steps"),
     ]
     for arguments, message in cases:
         assert run(*arguments, "--steps", 1) == 2
-        error = capsys.readouterr().err
-        assert error.startswith("names_mlp: error: ")
-        assert message in error
-        assert error.count("\n") == 1
+        captured = capsys.readouterr()
+        assert captured.out == ""
+        assert captured.err.startswith("names_mlp: error: ")
+        assert message in captured.err
+        assert captured.err.count("\n") == 1
 
 
 def test_check_fails_on_a_wrong_backward(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import auxiliary
@@ -12,13 +13,13 @@ import diffusion
 import experts
 import feedback_alignment
 import gan
+import initialisation
 import multitask
 import pytest
 import residual_cnn
 import seq2seq
 import siamese
 import straight_through
-import tied
 import torch
 import transfer
 import unet
@@ -27,6 +28,7 @@ from torch import Tensor
 from torch.nn import functional
 
 import digits
+import tied
 from handgrad import MSE, BCEWithLogits, CrossEntropy, Layer, Loss, Losses, Sequential, TrainStep
 from handgrad.testing import check_layer, check_loss, gradient_table
 from tests.models.running import script
@@ -63,6 +65,7 @@ MODELS: dict[str, tuple[Callable[[], Layer], Loss, Any, Any]] = {
     "unet": (lambda: unet.build(2), MSE(), IMAGES, IMAGES),
     "gan": (adversaries, BCEWithLogits(), POINTS, YES),
     "auxiliary": (lambda: auxiliary.build(8, 1), BOTH, IMAGES, (DIGITS, DIGITS)),
+    "initialisation": (lambda: initialisation.build(5 / 3, True, H=4), CrossEntropy(), LETTERS[:, :3], LETTERS[:, 3]),
     "tied": (adapted, CrossEntropy(), LETTERS[:, :3], LETTERS[:, 3]),
     "transfer": (lambda: transfer.build(transfer.make_base(4, 16), 16), CrossEntropy(), IMAGES, DIGITS % 2),
     "diffusion": (lambda: diffusion.build(10, 8), MSE(), (POINTS, DIGITS), POINTS.flip(0)),
@@ -134,6 +137,7 @@ TRAININGS: dict[str, Callable[[int], Any]] = {
     "experts": lambda steps: experts.train(experts.perceptron(), steps),
     "feedback_alignment": lambda steps: feedback_alignment.train(feedback_alignment.FeedbackLinear, steps),
     "gan": gan.train,
+    "initialisation": lambda steps: initialisation.train(*initialisation.BAD, steps)[1],
     "multitask": multitask.train,
     "residual_cnn": residual_cnn.train,
     "seq2seq": seq2seq.train,
@@ -151,6 +155,17 @@ def test_a_training_of_a_few_steps_has_results(name: str) -> None:
     results = TRAININGS[name](3)
     results = results if isinstance(results, tuple) else (results,)
     assert all(math.isfinite(number) and number >= 0 for number in results)
+
+
+def test_what_is_wrong_with_a_bad_start() -> None:
+    torch.manual_seed(0)
+    (bad, _), (good, _) = (
+        initialisation.train(*start, steps=20) for start in (initialisation.BAD, initialisation.GOOD)
+    )
+    tanhs, parameters = (list(bad.to_dict()[of].values()) for of in ("layers", "parameters"))
+    assert [row["saturated"] > 0.4 for row in tanhs if row["layer"] == "Tanh()"] == [True] * 5
+    assert any("too small" in remark for row in parameters for remark in row["remarks"])
+    assert not any(row["remarks"] for of in ("layers", "parameters") for row in good.to_dict()[of].values())
 
 
 def test_the_digits() -> None:
@@ -187,3 +202,13 @@ def test_what_a_script_reaches(name: str) -> None:
     assert result.returncode == 0, result.stderr
     numbers = [float(number) for number in re.findall(r"\d+(?:\.\d+)?", result.stdout)]
     assert all(low <= number <= high for number, (low, high) in zip(numbers, REACHED[name])), result.stdout
+
+
+@pytest.mark.slow
+def test_the_picture_of_two_starts(tmp_path: Path) -> None:
+    result = script("gallery/initialisation.py", tmp_path / "picture.png")
+    assert result.returncode == 0, result.stderr
+    bad, good = map(float, re.findall(r"(\d\.\d{3}) (?:nats|with)", result.stdout))
+    assert 2.3 < good < 2.6 < 3.5 < bad
+    assert result.stdout.count("500 updates; SGD") == 2
+    assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")

@@ -9,6 +9,8 @@ import sys
 import names_mlp
 import pytest
 import torch
+from matplotlib import pyplot
+from matplotlib.figure import Figure
 
 from names.data import Vocabulary
 from names.output import plot, progress_bar, report
@@ -49,6 +51,28 @@ def test_a_loss_that_is_no_number_is_null_in_the_report() -> None:
     assert result["config"]["steps"] == 3
     assert result["config"]["threads"] == 1
     json.dumps(result, allow_nan=False)
+
+
+def test_the_curves_lie_inside_the_plot_and_the_legend_outside(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The running mean and the validations, though a minibatch far off was among the losses."""
+    drawn: list[Figure] = []
+    monkeypatch.setattr(pyplot, "close", drawn.append)
+    run = new_run(steps=200)
+    run.step, run.losses[:] = 200, torch.linspace(3, 2, 200)
+    run.losses[70] = 50
+    run.validations = [(step, 3.1 - step / 200) for step in range(20, 201, 20)]
+    plot(run, "a title")
+    ((axes,), (legend,)) = drawn[0].axes, drawn[0].legends
+    _, mean, validation, _ = axes.get_lines()
+    assert (mean.get_label(), validation.get_label()) == ("mean over 10 steps", "validation")
+    assert (validation.get_marker(), validation.get_linestyle()) == ("o", "-")
+    steps, means = mean.get_data()
+    assert (steps[0], steps[-1]) == (5.5, 195.5)  # the middles of the first and the last ten
+    assert means[-1] == pytest.approx(float(run.losses[190:].mean()))
+    low, high = axes.get_ylim()
+    assert low < min(means)
+    assert max(means) < high < 50
+    assert not legend.get_window_extent().overlaps(axes.get_window_extent())
 
 
 @pytest.mark.parametrize("step", [0, 1, 30])
