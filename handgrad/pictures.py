@@ -111,7 +111,7 @@ def _colors(count: int) -> list[Any]:
 
 def _label(curve: Curve) -> str:
     name = curve.name if len(curve.name) <= NAME else "..." + curve.name[3 - NAME :]
-    return f"{name}  {curve.note}".strip()
+    return f" {name}  {curve.note}".rstrip()  # for matplotlib, a label that begins with "_" is none
 
 
 def _legend(ax: Axes, curves: list[Curve]) -> None:

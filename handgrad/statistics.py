@@ -35,7 +35,7 @@ VANISHES, EXPLODES = 1e-2, 1e2  # dout's deviation, of that of the last nonlinea
 SMALL, LARGE = 1e-4, 1e-2  # update:data of a weight
 KEPT = 1 << 15  # values that a curve of the pictures is made of, at least, where there are as many
 EXACT = torch.float32, torch.float64  # dtypes in which the sums are exact enough
-BATCH = 512  # numbers that wait on their device until they are read, all at once
+BATCH = 256  # looks whose numbers wait on their device until they are read, all at once
 WHOLE = 1000  # characters of a name that a notebook shows
 PATH, LAYER, NAME = 12, 31, 23  # characters of a path at most, of path and layer together, of a parameter's name
 REMARK = 24, 30  # characters of a line of a remark on a layer, or on a parameter
@@ -64,13 +64,13 @@ class Statistics:
     A row is marked, and says why, beyond these bounds:
 
     ==================  ==============================================================================================
-    30 % saturated      the lecture's good start has up to 20 %, its bad one (gain 3) 47 %
-    10 % dead           a dead unit learns nothing; 40 % are common where the rate is too high (cs231n, "ReLU")
+    30 % saturated      the lecture's good start (gain 5/3) has 5 to 20 %, its bad one (gain 3) 40 to 48 %
+    10 % dead           a dead unit learns nothing; with too high a rate it can be 40 % of a net (cs231n.github.io)
     gradient vanishes,  dout of a nonlinearity deviates by less than 1/100, or more than 100 times, what that of the
     explodes            last nonlinearity does; in the lecture all are alike
     update:data         below 1e-4 or above 1e-2, for parameters of two or more dimensions: a power of ten on either
                         side of the lecture's 1e-3
-    no gradient         none came, though the parameter is not frozen
+    no gradient         none came, though the parameter is not frozen and others got one
     not finite          NaN or infinity was among the values
     ==================  ==============================================================================================
 
@@ -82,7 +82,8 @@ class Statistics:
     infinite upper end makes it one like ReLU, whose units can be dead; None has no flat part.
 
     Updates are found by comparing the parameters with a copy (the one memory that grows with the model) at the first
-    forward after a backward, and on leaving. A step takes 4 bytes per parameter tensor for its update:data, so that
+    forward after a backward, and on leaving. Entering costs about as much as a step of a small model, so that a `with`
+    around many steps is better. A step takes 4 bytes per parameter tensor for its update:data, so that
     200,000 steps of seven take 6 MB; the pictures keep at most 2^16 values per curve, of the latest steps (256 KB).
 
     Raises ArgumentError for a model that is no Layer, and for an optimizer that is none, or has none of its parameters;
@@ -161,6 +162,8 @@ class Statistics:
         if self._after_backward:
             self._after_backward = False
             self._find_update()
+            if len(self._later) > BATCH:
+                self._read()
         if out.is_floating_point() and out.numel():
             seen = self._layers[path]
             self._later.append((seen.out.add, out.numel(), self._sums(out)))
@@ -173,7 +176,7 @@ class Statistics:
             low, high = seen.sound
             if high < math.inf:
                 beyond = out.clamp(low, high).ne(out).count_nonzero()
-                self._later.append((seen.flat.add, out.numel(), (beyond.to(torch.float32),)))
+                self._later.append((seen.add_flat, out.numel(), (beyond.to(torch.float32),)))
             elif out.dim():
                 seen.see_units(out.amax((0, *range(2, out.dim())) if out.dim() > 3 else 0))
 
@@ -214,8 +217,6 @@ class Statistics:
         if not moved:
             return
         self._end_gradients()
-        if len(self._later) > BATCH:
-            self._read()
         new, old, names = [now[i] for i in moved], [before[i] for i in moved], list(self._names)
         torch._foreach_sub_(old, new)
         for i, p, change in zip(moved, new, old):
@@ -263,13 +264,12 @@ class Statistics:
         came = [s.dout.std for s in seen.values() if s.is_nonlinear and s.dout.count]
         last = came[-1] if came else None
         params = {name: p for name, p in self.model.named_parameters() if name in self._params}
+        held = {id(p) for p in params.values()} if self.optimizer is None else _held(self.optimizer)
+        went_back = any(self._params[name].grad.count for name in params)
         return {
             "steps": self.steps,
             "layers": {path: {"layer": layer._head(), **seen[path].row(last)} for path, layer in layers.items()},
-            "parameters": {
-                name: self._params[name].row(p, self.optimizer is None or id(p) in _held(self.optimizer), self.steps)
-                for name, p in params.items()
-            },
+            "parameters": {name: self._params[name].row(p, id(p) in held, went_back) for name, p in params.items()},
         }
 
     def _head(self) -> str:
@@ -379,19 +379,8 @@ def _squares(count: int, total: float, norm: float) -> float:
     return 0.0 if squares < 0 else squares
 
 
-class _Share:
-    """The share of all the values added so far that are on a flat part."""
-
-    def __init__(self) -> None:
-        self.count, self.beyond = 0, 0.0
-
-    def add(self, count: int, beyond: float) -> None:
-        self.count += count
-        self.beyond += beyond
-
-
 class _Kept:
-    """The latest values: as many steps as make KEPT values, fewer than KEPT and a step."""
+    """The latest values: those of the fewest latest looks that make KEPT values together, or of all."""
 
     def __init__(self) -> None:
         self.samples: deque[Tensor] = deque()
@@ -414,9 +403,14 @@ class _LayerSeen:
         kinds = [kind for kind in type(layer).__mro__ if kind in Statistics.nonlinearities]
         self.is_nonlinear = bool(kinds)
         self.sound = Statistics.nonlinearities[kinds[0]] if kinds else None
-        self.out, self.dout, self.flat = _Moments(), _Moments(), _Share()
+        self.out, self.dout = _Moments(), _Moments()
         self.outs, self.douts = _Kept(), _Kept()
+        self.judged, self.flat = 0, 0.0  # values, and how many of them are on a flat part
         self.tops: dict[torch.Size, Tensor] = {}  # the greatest value of each unit, by how many there are
+
+    def add_flat(self, judged: int, flat: float) -> None:
+        self.judged += judged
+        self.flat += flat
 
     def see_units(self, top: Tensor) -> None:
         before = self.tops.get(top.shape)
@@ -428,14 +422,14 @@ class _LayerSeen:
             return None
         units = []
         for top in self.tops.values():
-            flat = top <= self.sound[0]  # of (N, T, D) and (N, C, T) alike (T, D): units are columns, or rows
-            units.append(
-                max(flat.all(0), flat.all(1), key=lambda f: float(f.float().mean())) if top.dim() > 1 else flat
-            )
-        return float(sum(int(flat.sum()) for flat in units) / sum(flat.numel() for flat in units))
+            flat = top <= self.sound[0]
+            if top.dim() > 1:  # of an out (N, T, D) the columns are the units, of one (N, C, T) the rows
+                flat = max(flat.all(0), flat.all(1), key=lambda units: float(units.float().mean()))
+            units.append(flat)
+        return float(torch.cat([flat.flatten() for flat in units]).float().mean())
 
     def row(self, last: float | None) -> dict[str, Any]:
-        saturated, dead = self.flat.beyond / self.flat.count if self.flat.count else None, self.dead()
+        saturated, dead = self.flat / self.judged if self.judged else None, self.dead()
         remarks = []
         if saturated is not None and saturated > SATURATED:
             remarks.append(_percent(saturated, "saturated"))
@@ -468,23 +462,23 @@ class _ParameterSeen:
         self.updates = array("f")  # update:data of each update of the model; NaN where there is none
 
     def add_update(self, number: int, total: float, norm: float, *data: float) -> None:
-        """Add update:data of an update: a quotient of deviations, or NaN where all values of the parameter equal."""
+        """Add update:data of an update: a quotient of deviations; NaN where the parameter's values are all the same."""
         self.data.add(self.size, *data)
         moved, spread = _squares(self.size, total, norm), _squares(self.size, *data[:2])
         flat = spread <= 1e-12 * self.size * data[2] ** 2  # but for rounding
         self.updates.extend([math.nan] * (number - len(self.updates)))
         self.updates.append(math.nan if flat else math.sqrt(moved / spread))
 
-    def row(self, param: Tensor, has_optimizer: bool, steps: int) -> dict[str, Any]:
+    def row(self, param: Tensor, is_held: bool, went_back: bool) -> dict[str, Any]:
         frozen, std, grad = is_frozen(param), self.data.std, self.grad.std
         if not self.data.count and self.size > 1:
             std = float(param.double().std())
         ratios = [ratio for ratio in self.updates if math.isfinite(ratio)]
         ratio = statistics.median(ratios) if ratios else None
-        remarks = [] if has_optimizer else ["not in the optimizer"]
-        if not self.grad.count:
-            remarks += [] if frozen else ["no gradient"]
-        elif not math.isfinite(self.grad.mean):
+        remarks = [] if is_held else ["not in the optimizer"]
+        if went_back and not frozen and not self.grad.count:
+            remarks.append("no gradient")
+        if self.grad.count and not math.isfinite(self.grad.mean):
             remarks.append("gradient not finite")
         if ratio is not None and self.is_weight:
             for beyond, word in ((ratio < SMALL, "small"), (ratio > LARGE, "large")):

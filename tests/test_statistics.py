@@ -455,6 +455,35 @@ def test_to_dict_goes_through_json() -> None:
     assert list(found["parameters"]["0.weight"]) == [*numbers.split(), "frozen", "remarks"]
 
 
+def test_a_forward_alone() -> None:
+    model = lecture_mlp(depth=1)
+    with Statistics(model) as stats:
+        out = model(minibatches(1)[0][0])
+    row = stats.to_dict()["layers"]["4"]
+    assert close(row["out_std"], out.std())
+    assert row["dout_std"] is None
+    assert all(row["remarks"] == [] for row in stats.to_dict()["parameters"].values())
+
+
+def test_a_weight_that_is_all_but_constant_and_half_precision() -> None:
+    norm = BatchNorm1d(100)
+    norm.weight.add_(1e-5 * torch.randn(100))
+    before = norm.weight.clone()
+    step = TrainStep(Sequential(norm), MSE(), SGD(norm.parameters(), lr=1e-3))
+    with Statistics(step.model) as stats:
+        step(torch.randn(32, 100), torch.randn(32, 100))
+    row = stats.to_dict()["parameters"]["0.weight"]
+    assert close(row["std"], before.double().std())
+    assert close(row["update_to_data"], (norm.weight - before).double().std() / before.double().std())
+
+    model = Sequential(Linear(8, 300), Tanh()).to(torch.bfloat16)
+    with Statistics(model) as stats:
+        out = model(torch.randn(300, 8, dtype=torch.bfloat16))
+    row = stats.to_dict()["layers"]["1"]
+    assert close(row["out_std"], out.float().std())
+    assert close(row["saturated"], (out.abs() > 0.97).float().mean())
+
+
 def test_long_runs_keep_little(monkeypatch) -> None:
     monkeypatch.setattr("handgrad.statistics.KEPT", 1000)
     model = lecture_mlp(depth=1)
@@ -499,9 +528,9 @@ def test_pictures_of_two_side_by_side(tmp_path) -> None:
         assert row[0].get_ylim() == row[1].get_ylim()
     share = both[0].to_dict()["layers"]["3"]["saturated"]
     texts = axes[0][0].get_legend().get_texts()
-    assert texts[0].get_text() == f"3 Tanh  {100 * share:.0f} % saturated"
+    assert texts[0].get_text() == f" 3 Tanh  {100 * share:.0f} % saturated"
     assert texts[0].get_color() != axes[0][1].get_legend().get_texts()[-1].get_color()
-    weight = next(line for line in axes[3][0].get_lines() if line.get_label().startswith("4.weight"))
+    weight = next(line for line in axes[3][0].get_lines() if line.get_label().startswith(" 4.weight"))
     assert weight.get_ydata() == pytest.approx([math.log10(r) for r in both[0]._params["4.weight"].updates], abs=1e-5)
     assert any(list(line.get_ydata()) == [-3, -3] for line in axes[3][0].get_lines())
     middles, density = axes[0][0].get_lines()[0].get_data()
