@@ -82,7 +82,7 @@ class Statistics:
     infinite upper end makes it one like ReLU, whose units can be dead; None has no flat part.
 
     Updates are found by comparing the parameters with a copy (the one memory that grows with the model) at the first
-    forward after a backward, and on leaving. Entering costs about as much as a step of a small model, so that a `with`
+    forward after a backward, and on leaving. Entering costs about two steps of a small model, so that a `with`
     around many steps is better. A step takes 4 bytes per parameter tensor for its update:data, so that
     200,000 steps of seven take 6 MB; the pictures keep at most 2^16 values per curve, of the latest steps (256 KB).
 
