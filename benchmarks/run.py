@@ -51,6 +51,7 @@ def markdown(results: Path) -> str:
         ("wide_2_kept", steps),
         ("wide_layers", halves),
         ("memory", memory),
+        ("watching", watching),
         ("checks", checks),
     ):
         path = results / f"{name}.json"
@@ -144,6 +145,13 @@ def checks(data: dict[str, Any]) -> tuple[str, Sequence[Sequence[str]], list[str
     return "What a check costs", rows, notes
 
 
+def watching(data: dict[str, Any]) -> tuple[str, Sequence[Sequence[str]], list[str]]:
+    """One row per watcher."""
+    rows = [["", "a step", "times the plain one"]]
+    rows += [[r["by"], seconds_text(r["seconds"]), f"{r['times the plain step']:.2f}"] for r in data["results"]]
+    return "What looking inside costs", rows, ["A TrainStep of the names MLP, batch 32, one thread, in turns."]
+
+
 def main() -> None:
     """Run everything, one after the other."""
     p = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
@@ -176,6 +184,7 @@ def main() -> None:
             [*wide, "--seconds", "0.05" if args.quick else "2"],
             script("memory.py", "--json", str(out / "memory.json")),
             script("models.py", "--seconds", "1" if args.quick else "20", "--json", str(out / "models.json")),
+            script("watching.py", "--seconds", "1" if args.quick else "20", "--json", str(out / "watching.json")),
             script("checks.py", *(["--only", "Tanh"] if args.quick else []), "--json", str(out / "checks.json")),
         ]
         failed = []

@@ -2,49 +2,33 @@
 
 from __future__ import annotations
 
-import html
 import math
 import os
-import statistics
-import textwrap
-from array import array
-from collections import deque
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from itertools import islice
-from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from handgrad.errors import ArgumentError, StateError
-from handgrad.layer import Layer, is_frozen
+from handgrad.layer import Layer
 from handgrad.layers.activation import GELU, LeakyReLU, ReLU, Sigmoid, SiLU, Tanh
 from handgrad.layers.cells import Cell
 from handgrad.layers.recurrent import Recurrent
 from handgrad.pictures import Column, Curve, draw
-from handgrad.tables import Rows, html_table, text_table
+from handgrad.seen import LayerSeen, ParameterSeen, Sums, percent, sample_of, sums_of
+from handgrad.tables import Shown, Table
 from handgrad.watch import watch
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-SATURATED = 0.30  # the share of values on a flat part from which a row is marked
-DEAD = 0.10  # the share of units
-VANISHES, EXPLODES = 1e-2, 1e2  # dout's deviation, of that of the last nonlinearity
-SMALL, LARGE = 1e-4, 1e-2  # update:data of a weight
-KEPT = 1 << 15  # values that a curve of the pictures is made of, at least, where there are as many
-EXACT = torch.float32, torch.float64  # dtypes in which the sums are exact enough
 BATCH = 256  # looks whose numbers wait on their device until they are read, all at once
-WHOLE = 1000  # characters of a name that a notebook shows
-PATH, LAYER, NAME = 12, 31, 23  # characters of a path at most, of path and layer together, of a parameter's name
-REMARK = 24, 30  # characters of a line of a remark on a layer, or on a parameter
-
-Sums: TypeAlias = tuple[Tensor, ...]
-"""The sum and the norm of some values, and perhaps a number that was first taken from each: still on their device."""
 
 
-class Statistics:
+class Statistics(Shown):
     """What happens inside a model while it trains: ``with stats: step(x, y)``, then ``print(stats)``, ``stats.plot``.
 
     It may be entered again and again, and adds up all it sees, in any training loop: a TrainStep that is not compiled,
@@ -120,8 +104,8 @@ class Statistics:
                 problem = "none of the parameters of the model; make it of model.parameters()"
                 raise ArgumentError(f"Statistics: the optimizer updates {problem}")
         self.model, self.optimizer, self.steps = model, optimizer, 0
-        self._layers: dict[str, _LayerSeen] = {}
-        self._params: dict[str, _ParameterSeen] = {}
+        self._layers: dict[str, LayerSeen] = {}
+        self._params: dict[str, ParameterSeen] = {}
         self._later: list[tuple[Callable[..., None], int, Sums]] = []
         self._watching: AbstractContextManager[None] | None = None
 
@@ -131,10 +115,10 @@ class Statistics:
         if self._watching is not None:
             raise StateError("Statistics: already inside its `with`; leave it before entering again")
         for path, layer in self.model.named_layers():
-            self._layers.setdefault(path, _LayerSeen(layer))
+            self._layers.setdefault(path, _layer_seen(layer))
         named = {name: p for name, p in self.model.named_parameters() if p.numel()}
         for name, param in named.items():
-            self._params.setdefault(name, _ParameterSeen(param))
+            self._params.setdefault(name, ParameterSeen(param))
         self._names, self._now = {name: i for i, name in enumerate(named)}, list(named.values())
         self._before = [p.clone() for p in self._now]
         self._versions = [p._version for p in self._now]
@@ -170,8 +154,8 @@ class Statistics:
             if seen.is_nonlinear:
                 self._saw_activation(seen, out)
 
-    def _saw_activation(self, seen: _LayerSeen, out: Tensor) -> None:
-        seen.outs.add(_sample(out))
+    def _saw_activation(self, seen: LayerSeen, out: Tensor) -> None:
+        seen.outs.add(sample_of(out))
         if seen.sound is not None:
             low, high = seen.sound
             if high < math.inf:
@@ -186,7 +170,7 @@ class Statistics:
             seen = self._layers[path]
             self._later.append((seen.dout.add, dout.numel(), self._sums(dout)))
             if seen.is_nonlinear:
-                seen.douts.add(_sample(dout))
+                seen.douts.add(sample_of(dout))
 
     def _saw_grad(self, name: str, layer: Layer, grad: Tensor) -> None:
         if (i := self._names.get(name)) is None or not grad.numel():
@@ -195,7 +179,7 @@ class Statistics:
             grad = so_far + grad
         elif name in self._grads:  # an earlier one, cleared before any update
             self._end_gradient(name)
-        self._grads[name] = _sums(grad), _sample(grad) if grad.dim() > 1 else None
+        self._grads[name] = sums_of(grad), sample_of(grad) if grad.dim() > 1 else None
 
     def _end_gradients(self) -> None:
         for name in list(self._grads):
@@ -220,20 +204,20 @@ class Statistics:
         new, old, names = [now[i] for i in moved], [before[i] for i in moved], list(self._names)
         torch._foreach_sub_(old, new)
         for i, p, change in zip(moved, new, old):
-            self._later.append((self._params[names[i]].add_update, self.steps, (*_sums(change), *self._data[i])))
+            self._later.append((self._params[names[i]].add_update, self.steps, (*sums_of(change), *self._data[i])))
             self._data[i], self._versions[i] = self._data_sums(i), p._version
         torch._foreach_copy_(old, new)
         self.steps += 1
 
     def _data_sums(self, i: int) -> Sums:
         """Those of a parameter, less its mean on entering: a weight may be all but constant, as a BatchNorm's is."""
-        return *_sums(torch.sub(self._now[i], self._means[i])), self._means[i]
+        return *sums_of(torch.sub(self._now[i], self._means[i])), self._means[i]
 
     def _sums(self, t: Tensor) -> Sums:
         """Those of t, which a container may just have shown."""
         last, sums = self._last
         if last is not t:
-            sums = _sums(t)
+            sums = sums_of(t)
             self._last = t, sums
         return sums
 
@@ -255,8 +239,7 @@ class Statistics:
           and "dead" (shares from 0 to 1) and "remarks" (a list of texts)
         - "parameters": by name, each with "std", "grad_std", "grad_to_data", "update_to_data", "frozen" and "remarks"
         """
-        self._read()
-        if not any(seen.out.count for seen in self._layers.values()):
+        if not self._seen_any():
             problem = "nothing was seen yet; run steps inside `with stats:`, outside torch.no_grad()"
             raise StateError(f"Statistics: {problem}")
         layers = {path: layer for path, layer in self.model.named_layers() if path in self._layers}
@@ -272,6 +255,10 @@ class Statistics:
             "parameters": {name: self._params[name].row(p, id(p) in held, went_back) for name, p in params.items()},
         }
 
+    def _seen_any(self) -> bool:
+        self._read()
+        return any(seen.out.count for seen in self._layers.values())
+
     def _head(self) -> str:
         text = f"{self.steps:,} update{'' if self.steps == 1 else 's'}"
         if self.optimizer is not None:
@@ -279,32 +266,22 @@ class Statistics:
             text += f"; {type(self.optimizer).__name__}, lr {', '.join(rates)}"
         return text
 
-    def _tables(self, cut: bool) -> tuple[Rows, Rows]:
-        """The rows of the layers and of the parameters, cut and wrapped to at most 100 columns or whole."""
+    def parts(self) -> list[str | Table]:
+        """What was counted, and a table of the layers and one of the parameters."""
+        if not self._seen_any():
+            return ["no step was seen yet"]
         found = self.to_dict()
-        path_width = min(PATH, max(map(len, found["layers"]))) if cut else WHOLE
-        text_width = LAYER - path_width if cut else WHOLE
         layers = [["", "layer", "out mean", "std", "dout mean", "std", ""]]
         for path, row in found["layers"].items():
             numbers = [_number(row[key]) for key in ("out_mean", "out_std", "dout_mean", "dout_std")]
-            notes = [_percent(row[word], word) for word in ("saturated", "dead") if row[word] is not None]
-            cells = [_end(path, path_width), _start(row["layer"], text_width), *numbers]
-            layers += _rows(cells, row["remarks"], notes, REMARK[0] if cut else None)
+            notes = [percent(row[word], word) for word in ("saturated", "dead") if row[word] is not None]
+            layers.append([path, row["layer"], *numbers, _marked(row["remarks"], notes)])
         params = [["parameter", "std", "grad std", "grad:data", "update:data", ""]]
         for name, row in found["parameters"].items():
             numbers = [_number(row[key]) for key in ("std", "grad_std", "grad_to_data")]
-            cells = [_end(name, NAME if cut else WHOLE), *numbers, _ten_to(row["update_to_data"])]
-            params += _rows(cells, row["remarks"], ["frozen"] * row["frozen"], REMARK[1] if cut else None)
-        return layers, params
-
-    def __str__(self) -> str:
-        layers, params = self._tables(cut=True)
-        return "\n".join([self._head(), "", text_table(layers, "llrrrrl"), "", text_table(params, "lrrrrl")])
-
-    def _repr_html_(self) -> str:
-        layers, params = self._tables(cut=False)
-        head = html.escape(self._head())
-        return f"<p>{head}</p>" + html_table(layers, "llrrrrl") + html_table(params, "lrrrrl")
+            notes = ["frozen"] * row["frozen"]
+            params.append([name, *numbers, _ten_to(row["update_to_data"]), _marked(row["remarks"], notes)])
+        return [self._head(), "", Table(layers, "llrrrrl"), "", Table(params, "lrrrrl")]
 
     def figure(self, *others: Statistics, titles: list[str] | None = None) -> Figure:
         """The lecture's four pictures as a matplotlib Figure, one column for this and for each of the others.
@@ -332,7 +309,7 @@ class Statistics:
         found, column = self.to_dict(), Column(title, [], [], [], [])
         for path, row in found["layers"].items():
             seen, label = self._layers[path], f"{path} {row['layer'].partition('(')[0]}".strip()
-            share = [_percent(row[word], word) for word in ("saturated", "dead") if row[word] is not None]
+            share = [percent(row[word], word) for word in ("saturated", "dead") if row[word] is not None]
             if seen.outs.count:
                 marked = any(word in remark for remark in row["remarks"] for word in ("%", "out not"))
                 column.outs.append(Curve(label, "".join(share), seen.outs.values(), marked))
@@ -350,201 +327,23 @@ class Statistics:
         return column
 
 
-class _Moments:
-    """Mean and deviation of all the values added so far."""
-
-    def __init__(self) -> None:
-        self.count, self.center = 0, 0.0
-        self.squares = 0.0  # of the values less their mean
-
-    def add(self, count: int, total: float, norm: float, shift: float = 0.0) -> None:
-        """Add `count` values by the sum and the norm of what is left of them after `shift` is taken from each."""
-        before, further = self.count, total / count + shift - self.center
-        self.count += count
-        self.squares += _squares(count, total, norm) + further * further * before * count / self.count
-        self.center += further * count / self.count
-
-    @property
-    def mean(self) -> float:
-        return self.center if self.count else math.nan
-
-    @property
-    def std(self) -> float:
-        return math.sqrt(self.squares / (self.count - 1)) if self.count > 1 else math.nan
-
-
-def _squares(count: int, total: float, norm: float) -> float:
-    """The sum of the squares of values less their mean, by their sum and norm. (max would lose a NaN.)"""
-    squares = norm * norm - total * total / count
-    return 0.0 if squares < 0 else squares
-
-
-class _Kept:
-    """The latest values: those of the fewest latest looks that make KEPT values together, or of all."""
-
-    def __init__(self) -> None:
-        self.samples: deque[Tensor] = deque()
-        self.count = 0
-
-    def add(self, sample: Tensor) -> None:
-        self.samples.append(sample)
-        self.count += sample.numel()
-        while self.count - self.samples[0].numel() >= KEPT:
-            self.count -= self.samples.popleft().numel()
-
-    def values(self) -> Tensor:
-        return torch.cat([sample.float() for sample in self.samples]).cpu()
-
-
-class _LayerSeen:
-    """What one layer gave and was given."""
-
-    def __init__(self, layer: Layer) -> None:
-        kinds = [kind for kind in type(layer).__mro__ if kind in Statistics.nonlinearities]
-        self.is_nonlinear = bool(kinds)
-        self.sound = Statistics.nonlinearities[kinds[0]] if kinds else None
-        self.out, self.dout = _Moments(), _Moments()
-        self.outs, self.douts = _Kept(), _Kept()
-        self.judged, self.flat = 0, 0.0  # values, and how many of them are on a flat part
-        self.tops: dict[torch.Size, Tensor] = {}  # the greatest value of each unit, by how many there are
-
-    def add_flat(self, judged: int, flat: float) -> None:
-        self.judged += judged
-        self.flat += flat
-
-    def see_units(self, top: Tensor) -> None:
-        before = self.tops.get(top.shape)
-        self.tops[top.shape] = top if before is None else torch.maximum(before, top)
-
-    def dead(self) -> float | None:
-        """The share of units that never rose above the flat part."""
-        if not self.tops or self.sound is None:
-            return None
-        units = []
-        for top in self.tops.values():
-            flat = top <= self.sound[0]
-            if top.dim() > 1:  # of an out (N, T, D) the columns are the units, of one (N, C, T) the rows
-                flat = max(flat.all(0), flat.all(1), key=lambda units: float(units.float().mean()))
-            units.append(flat)
-        return float(torch.cat([flat.flatten() for flat in units]).float().mean())
-
-    def row(self, last: float | None) -> dict[str, Any]:
-        saturated, dead = self.flat / self.judged if self.judged else None, self.dead()
-        remarks = []
-        if saturated is not None and saturated > SATURATED:
-            remarks.append(_percent(saturated, "saturated"))
-        if dead is not None and dead > DEAD:
-            remarks.append(_percent(dead, "dead"))
-        if self.is_nonlinear and self.dout.count and last and math.isfinite(ratio := self.dout.std / last):
-            for beyond, word in ((ratio < VANISHES, "vanishes"), (ratio > EXPLODES, "explodes")):
-                if beyond:
-                    remarks.append(f"gradient {word}: {_power(ratio)} of the last layer's")
-        for seen, word in ((self.out, "out"), (self.dout, "dout")):
-            if seen.count and not math.isfinite(seen.mean):
-                remarks.append(f"{word} not finite")
-        return {
-            "out_mean": _plain(self.out.mean),
-            "out_std": _plain(self.out.std),
-            "dout_mean": _plain(self.dout.mean),
-            "dout_std": _plain(self.dout.std),
-            "saturated": saturated,
-            "dead": dead,
-            "remarks": remarks,
-        }
-
-
-class _ParameterSeen:
-    """One parameter's values, gradients and updates."""
-
-    def __init__(self, param: Tensor) -> None:
-        self.size, self.is_weight = param.numel(), param.dim() > 1
-        self.data, self.grad, self.grads = _Moments(), _Moments(), _Kept()
-        self.updates = array("f")  # update:data of each update of the model; NaN where there is none
-
-    def add_update(self, number: int, total: float, norm: float, *data: float) -> None:
-        """Add update:data of an update: a quotient of deviations; NaN where the parameter's values are all the same."""
-        self.data.add(self.size, *data)
-        moved, spread = _squares(self.size, total, norm), _squares(self.size, *data[:2])
-        flat = spread <= 1e-12 * self.size * data[2] ** 2  # but for rounding
-        self.updates.extend([math.nan] * (number - len(self.updates)))
-        self.updates.append(math.nan if flat else math.sqrt(moved / spread))
-
-    def row(self, param: Tensor, is_held: bool, went_back: bool) -> dict[str, Any]:
-        frozen, std, grad = is_frozen(param), self.data.std, self.grad.std
-        if not self.data.count and self.size > 1:
-            std = float(param.double().std())
-        ratios = [ratio for ratio in self.updates if math.isfinite(ratio)]
-        ratio = statistics.median(ratios) if ratios else None
-        remarks = [] if is_held else ["not in the optimizer"]
-        if went_back and not frozen and not self.grad.count:
-            remarks.append("no gradient")
-        if self.grad.count and not math.isfinite(self.grad.mean):
-            remarks.append("gradient not finite")
-        if ratio is not None and self.is_weight:
-            for beyond, word in ((ratio < SMALL, "small"), (ratio > LARGE, "large")):
-                if beyond:
-                    remarks.append(f"update:data {_power(ratio)}, too {word}")
-        return {
-            "std": _plain(std),
-            "grad_std": _plain(grad),
-            "grad_to_data": _plain(grad / std) if std else None,
-            "update_to_data": ratio,
-            "frozen": frozen,
-            "remarks": remarks,
-        }
-
-
-def _sums(t: Tensor) -> tuple[Tensor, Tensor]:
-    # The fastest way to a mean and a deviation: on a CPU, var_mean takes 4 times as long, of many numbers 40 times.
-    t = t if t.dtype in EXACT else t.float()
-    return t.sum(), torch.linalg.vector_norm(t)
-
-
-def _sample(t: Tensor) -> Tensor:
-    """A copy of at most KEPT values, at distances that have no common divisor with the last dimension."""
-    every = -(-t.numel() // KEPT)
-    while every > 1 and math.gcd(every, t.shape[-1]) > 1:
-        every += 1
-    return t.flatten()[::every].clone()
+def _layer_seen(layer: Layer) -> LayerSeen:
+    kinds = [kind for kind in type(layer).__mro__ if kind in Statistics.nonlinearities]
+    return LayerSeen(bool(kinds), Statistics.nonlinearities[kinds[0]] if kinds else None)
 
 
 def _held(optimizer: torch.optim.Optimizer) -> set[int]:
     return {id(p) for group in optimizer.param_groups for p in group["params"]}
 
 
-def _plain(value: float) -> float | None:
-    return value if math.isfinite(value) else None
-
-
 def _number(value: float | None) -> str:
     return "" if value is None else f"{value:.2g}"
-
-
-def _percent(share: float, word: str) -> str:
-    return f"{100 * share:.0f} % {word}"
 
 
 def _ten_to(ratio: float | None) -> str:
     return "" if ratio is None else f"10^{math.log10(ratio):.1f}" if ratio else "0"
 
 
-def _power(value: float) -> str:
-    """One digit and a power of ten: 4e-5."""
-    digit, power = f"{value:.0e}".split("e")
-    return f"{digit}e{int(power)}"
-
-
-def _start(text: str, width: int) -> str:
-    return text if len(text) <= width else text[: width - 3] + "..."
-
-
-def _end(text: str, width: int) -> str:
-    return text if len(text) <= width else "..." + text[3 - width :]
-
-
-def _rows(cells: list[str], remarks: list[str], notes: list[str], width: int | None) -> list[list[str]]:
-    """The cells and, as the last, remarks and notes, where there is a remark after a mark; wrapped in further rows."""
-    text = "; ".join([*remarks, *[note for note in notes if note not in remarks]])
-    lines = [text] if width is None else textwrap.wrap(text, width) or [""]
-    first, *rest = [f"{'!' if remarks and i == 0 else ' '} {line}" for i, line in enumerate(lines)]
-    return [[*cells, first], *[[""] * len(cells) + [line] for line in rest]]
+def _marked(remarks: list[str], notes: list[str]) -> str:
+    """Remarks and notes in one text, after a mark where there is a remark."""
+    return "! " * bool(remarks) + "; ".join([*remarks, *[note for note in notes if note not in remarks]])

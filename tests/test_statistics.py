@@ -395,7 +395,7 @@ def test_copies_and_pickles_meanwhile_are_plain() -> None:
         for twin in twins:
             twin(minibatches(1)[0][0])
     assert stats._layers["3"].out.count == 32 * 100
-    assert all("_watchers" not in vars(layer) for _, layer in model.named_layers())
+    assert not any(layer._watchers for _, layer in model.named_layers())
 
 
 def test_wrong_arguments_and_calls() -> None:
@@ -407,7 +407,8 @@ def test_wrong_arguments_and_calls() -> None:
     with pytest.raises(ArgumentError, match="the optimizer updates none of the parameters of the model; make it of"):
         Statistics(model, SGD(other.parameters()))
     stats = Statistics(model)
-    for ask in (str, Statistics.to_dict, Statistics._repr_html_, Statistics.figure):
+    assert repr(stats) == "no step was seen yet"
+    for ask in (Statistics.to_dict, Statistics.figure):
         with pytest.raises(StateError, match=r"^Statistics: nothing was seen yet; run steps inside `with stats:`"):
             ask(stats)
     with stats:
@@ -420,7 +421,7 @@ def test_wrong_arguments_and_calls() -> None:
         stats.figure("b")
     with pytest.raises(RuntimeError, match="stop"), stats:
         raise RuntimeError("stop")
-    assert "_watchers" not in vars(model)
+    assert not model._watchers
 
 
 def test_the_table_has_at_most_100_columns_and_html_is_escaped() -> None:
@@ -435,7 +436,7 @@ def test_the_table_has_at_most_100_columns_and_html_is_escaped() -> None:
     lines = str(stats).splitlines()
     assert lines[0] == "1 update; SGD, lr 1e-09"
     assert max(map(len, lines)) <= 100
-    assert any(line.startswith("...") and "Linear(30 -> 100)" in line for line in lines)
+    assert any("Linear(30 -> 100)" in line for line in lines)
     html = stats._repr_html_()
     assert html.count("<table>") == 2
     assert "Linear(30 -&gt; 100)" in html
@@ -485,7 +486,7 @@ def test_a_weight_that_is_all_but_constant_and_half_precision() -> None:
 
 
 def test_long_runs_keep_little(monkeypatch) -> None:
-    monkeypatch.setattr("handgrad.statistics.KEPT", 1000)
+    monkeypatch.setattr("handgrad.seen.KEPT", 1000)
     model = lecture_mlp(depth=1)
     step = TrainStep(model, CrossEntropy(), sgd(model.parameters()))
     with Statistics(model) as stats:
