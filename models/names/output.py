@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import io
+import json
 import math
+import os
 import platform
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -34,10 +36,16 @@ def progress_bar(run: Run) -> Iterator[Callable[[], None]]:
         move()
 
 
+def require_pyplot() -> ModuleType:
+    """matplotlib.pyplot, drawing into files, whatever window system the machine has or was set to."""
+    os.environ["MPLBACKEND"] = "agg"
+    require("matplotlib").use("agg")
+    return require("matplotlib.pyplot")
+
+
 def plot(run: Run, title: str) -> bytes:
     """A PNG picture of the losses: of each step, faint; their running mean; on validation; and where the lr changes."""
-    require("matplotlib").use("Agg")
-    pyplot = require("matplotlib.pyplot")
+    pyplot = require_pyplot()
     losses, window = run.losses[: run.step], min(4000, max(1, run.step // 20))
     figure, axes = pyplot.subplots(figsize=(9, 5), layout="constrained")
     raw = {"color": "tab:blue", "alpha": max(0.03, min(0.3, 600 / (run.step + 1))), "markersize": 1.5}
@@ -51,10 +59,9 @@ def plot(run: Run, title: str) -> bytes:
     if curves:  # minibatches beyond are cut off
         margin = 0.3 * (max(curves) - min(curves)) + 0.01
         axes.set_ylim(min(curves) - margin, max(curves) + margin)
-    change = run.config.steps // 2
-    if 0 < change < run.step:
+    for (_, before), (change, after) in zip(run.rates, run.rates[1:]):
         axes.axvline(change, color="gray", linestyle="--", linewidth=1)
-        text = f" lr {run.config.lr_at(change - 1):g} to {run.config.lr_at(change):g}"
+        text = f" lr {before:g} to {after:g}"
         axes.text(change, 0.98, text, transform=axes.get_xaxis_transform(), va="top", color="gray")
     axes.set(title=title, xlabel="step", ylabel="cross-entropy (nats a character)")
     axes.xaxis.set_major_formatter("{x:,.0f}")
@@ -75,7 +82,7 @@ def report(run: Run, losses: dict[str, float], samples: list[str], settings: dic
         **{f"{name}_loss": loss if math.isfinite(loss) else None for name, loss in losses.items()},
         "steps_per_second": run.steps_per_second,
         "samples": samples,
-        "config": asdict(run.config) | settings,
+        "config": run.recipe.settings(run.config) | settings,
         "versions": {
             "handgrad": handgrad.__version__,
             "torch": torch.__version__,
@@ -83,3 +90,9 @@ def report(run: Run, losses: dict[str, float], samples: list[str], settings: dic
             "platform": platform.platform(),
         },
     }
+
+
+def to_json(result: dict[str, Any]) -> bytes:
+    """The content of a JSON file, letters as they are; a path that is not UTF-8 has its bytes as escapes."""
+    text = json.dumps(result, indent=2, ensure_ascii=False, allow_nan=False)
+    return text.encode(errors="backslashreplace") + b"\n"
