@@ -55,7 +55,7 @@ def run_script(recipe: Recipe, args: argparse.Namespace, stop: Stop) -> int:
     device = set_up(args.device, args.threads)
     names = read_names(args.data)
     vocabulary, data = Vocabulary.of(names), fingerprint(names)
-    run, moved = begin(recipe, args, vocabulary, data, device)
+    run, resumed = begin(recipe, args, vocabulary, data, device)
     step = TrainStep(run.model, CrossEntropy(), run.optimizer)
     inside = Inside(run, step.loss, tripwire=args.tripwire, watch=args.watch is not None)
     if args.compile:
@@ -78,8 +78,8 @@ def run_script(recipe: Recipe, args: argparse.Namespace, stop: Stop) -> int:
     examples = " / ".join(f"{split.targets:,}" for split in splits.values())
     print(f"{len(names):,} names, {len(vocabulary)} characters; {examples} examples to train / validate / test")
     print(f"{run.model!r}\n{run.parameters:,} parameters", flush=True)
-    if moved:
-        print(moved, flush=True)
+    if resumed:
+        print(resumed, flush=True)
     if args.check and not check_gradients(run, splits["train"]):
         return fail(recipe, "a gradient differs from autograd's", 1)
     if args.compile:
@@ -120,26 +120,24 @@ def run_script(recipe: Recipe, args: argparse.Namespace, stop: Stop) -> int:
 def begin(
     recipe: Recipe, args: argparse.Namespace, vocabulary: Vocabulary, data: str, device: torch.device
 ) -> tuple[Run, str]:
-    """A new run or a resumed one, and what to say where other --steps move its learning rate.
+    """A new run; or a resumed one, with what to say of it.
 
     InputError where the flags do not fit the checkpoint to resume, or --save would replace one that this is not.
     """
     given = {name: value for name, value in vars(args).items() if hasattr(recipe.defaults, name) and value is not None}
-    moved = ""
     if args.resume is None:
-        run = Run.new(recipe, replace(recipe.defaults, **given), vocabulary, device)
+        run, resumed = Run.new(recipe, replace(recipe.defaults, **given), vocabulary, device), ""
     else:
         run = resume(recipe, args.resume, given, vocabulary, data, device)
         planned, steps = run.config.steps, given.get("steps", run.config.steps)
         run.set_steps(steps)
+        resumed = f"going on after step {run.step:,} of {steps:,}"
         if steps != planned:
-            moved = f"--steps {steps:,} in place of {planned:,} moves the half where the learning rate drops: "
-            moved += f"it is {run.schedule()}"
-    if args.save is not None and args.save.exists() and not args.overwrite:
-        resumed = args.resume is not None and args.save.samefile(args.resume)
-        if not resumed:
-            refuse_to_lose(run, args.save, data)
-    return run, moved
+            resumed += f", not {planned:,}, which moves the half where the learning rate drops: it is {run.schedule()}"
+    same = args.resume is not None and args.save is not None and args.save.resolve() == args.resume.resolve()
+    if args.save is not None and args.save.exists() and not args.overwrite and not same:
+        refuse_to_lose(run, args.save, data)
+    return run, resumed
 
 
 def first_not_finite(run: Run, losses: dict[str, float]) -> str | None:

@@ -59,10 +59,11 @@ def plot(run: Run, title: str) -> bytes:
     if curves:  # minibatches beyond are cut off
         margin = 0.3 * (max(curves) - min(curves)) + 0.01
         axes.set_ylim(min(curves) - margin, max(curves) + margin)
-    for (_, before), (change, after) in zip(run.rates, run.rates[1:]):
+    for number, ((_, before), (change, after)) in enumerate(zip(run.rates, run.rates[1:])):
         axes.axvline(change, color="gray", linestyle="--", linewidth=1)
         text = f" lr {before:g} to {after:g}"
-        axes.text(change, 0.98, text, transform=axes.get_xaxis_transform(), va="top", color="gray")
+        height = 0.98 - 0.05 * (number % 4)  # changes may be close together
+        axes.text(change, height, text, transform=axes.get_xaxis_transform(), va="top", color="gray")
     axes.set(title=title, xlabel="step", ylabel="cross-entropy (nats a character)")
     axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.grid(alpha=0.2)
