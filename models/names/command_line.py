@@ -20,7 +20,7 @@ from names.errors import InputError, require
 from names.files import Files, refuse_paths
 from names.flags import parse_flags
 from names.inside import Inside, draw
-from names.output import plot, progress_bar, report, require_pyplot, to_json
+from names.output import plot, progress_bar, report, require_pyplot, show, to_json
 from names.run import Recipe, Run
 from names.training import evaluate, sample, train
 
@@ -209,14 +209,14 @@ def show_results(
         settings = {"data": str(args.data), "device": str(device), "threads": args.threads, "compile": args.compile}
         files.write("report", args.report, to_json(report(run, losses, samples, settings)))
     if args.plot is not None:
-        title = f"{run.recipe.name}: {run.parameters:,} parameters, validation loss {losses['val']:.4f}"
+        title = f"{run.recipe.name}: {run.parameters:,} parameters, validation loss {show(losses['val'])}"
         files.write("plot", args.plot, plot(run, title))
     if seen:
         files.write("pictures", args.watch, draw(seen), " and ".join(seen))
 
     state = f"stopped after {run.step:,} of {run.config.steps:,} steps" if stopped else f"{run.step:,} steps"
     speed = f", {run.steps_per_second:,.0f} steps/s" if run.steps_per_second else ""
-    print("  ".join(f"{name} {loss:.4f}" for name, loss in losses.items()) + f"   ({state}{speed})")
+    print("  ".join(f"{name} {show(loss)}" for name, loss in losses.items()) + f"   ({state}{speed})")
     if args.samples:
         print("samples:" if samples else "samples: none, the output is not finite")
         for name in samples:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import math
 import shutil
 import textwrap
 from collections.abc import Callable, Sequence
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from names.data import DATA
-from names.run import RANGES, Recipe
+from names.run import LARGEST_RATE, RANGES, Recipe
 
 
 def whole(low: int, high: int) -> Callable[[str], int]:
@@ -31,13 +30,13 @@ def whole(low: int, high: int) -> Callable[[str], int]:
 
 
 def rate(text: str) -> float:
-    """An argparse type: a finite number above 0."""
+    """An argparse type: a learning rate."""
     try:
         value = float(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"expected a number, got {text!r}") from None
-    if not (value > 0 and math.isfinite(value)):
-        raise argparse.ArgumentTypeError(f"expected a number above 0, got {text}")
+    if not 0 < value <= LARGEST_RATE:
+        raise argparse.ArgumentTypeError(f"expected a number above 0, up to {LARGEST_RATE:g}, got {text}")
     return value
 
 

@@ -19,6 +19,11 @@ from names.errors import require
 from names.run import Run
 
 
+def show(loss: float) -> str:
+    """A loss in four decimals, or a huge one in four digits."""
+    return f"{loss:.4f}" if abs(loss) < 1e6 else f"{loss:.4g}"
+
+
 @contextmanager
 def progress_bar(run: Run) -> Iterator[Callable[[], None]]:
     """A bar with losses and steps per second, on a terminal only; yields the function that moves it to `run.step`."""
@@ -28,8 +33,8 @@ def progress_bar(run: Run) -> Iterator[Callable[[], None]]:
         def move() -> None:
             if run.step > bar.n and not bar.disable:
                 loss = float(run.losses[max(0, run.step - 1000) : run.step].mean())
-                val = f"{run.validations[-1][1]:.4f}" if run.validations else "..."
-                bar.set_postfix(loss=f"{loss:.4f}", val=val)
+                val = show(run.validations[-1][1]) if run.validations else "..."
+                bar.set_postfix(loss=show(loss), val=val)
                 bar.update(run.step - bar.n)
 
         yield move
@@ -57,7 +62,7 @@ def plot(run: Run, title: str) -> bytes:
     axes.plot(*zip(*run.validations or [(None, None)]), "o-", color="tab:orange", markersize=4, label="validation")
     curves = [loss for loss in (*means, *(loss for _, loss in run.validations)) if math.isfinite(loss)]
     if curves:  # minibatches beyond are cut off
-        margin = 0.3 * (max(curves) - min(curves)) + 0.01
+        margin = 0.3 * (max(curves) - min(curves)) + max(0.01, 0.001 * max(map(abs, curves)))
         axes.set_ylim(min(curves) - margin, max(curves) + margin)
     for number, ((_, before), (change, after)) in enumerate(zip(run.rates, run.rates[1:])):
         axes.axvline(change, color="gray", linestyle="--", linewidth=1)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -23,6 +22,7 @@ RANGES = {
     "seed": (0, 2**63 - 1),
 }
 """The smallest and the largest value of each whole number in Config."""
+LARGEST_RATE = 1e37  # ten times that is still a float32
 OPTIONS = ("unbiased", "tied", "dropout")
 """The fields of Config that only some models have: see Recipe.options."""
 
@@ -50,8 +50,8 @@ class Config:
         for name, (low, high) in RANGES.items():
             if not low <= getattr(self, name) <= high:
                 raise ValueError(f"{name} must be from {low:,} to {high:,}, got {getattr(self, name)!r}")
-        if not (self.lr > 0 and math.isfinite(self.lr)):
-            raise ValueError(f"lr must be a number above 0, got {self.lr!r}")
+        if not 0 < self.lr <= LARGEST_RATE:
+            raise ValueError(f"lr must be a number above 0, up to {LARGEST_RATE:g}, got {self.lr!r}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be a number from 0 up to 1, got {self.dropout!r}")
 

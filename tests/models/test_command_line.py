@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import names_gpt
 import names_gru
 import names_mlp
 import pytest
@@ -162,12 +163,13 @@ def test_a_run_that_diverges_ends_in_good_order(
 ) -> None:
     """With its losses, files and one line of where and what to try; so where only the last update went wrong."""
     outputs = ["--report", tmp_path / "r.json", "--plot", tmp_path / "p.png", "--watch", tmp_path / "w.png"]
-    flags = ["--data", data, "--steps", 1 if last else 50, "--lr", 1e30]
-    assert run(*flags, *outputs, recipe=names_gru.RECIPE) == 1
+    flags = ["--data", data, "--steps", 1 if last else 50, "--lr", 1e37]
+    recipe = names_gpt.RECIPE if last else names_gru.RECIPE
+    assert run(*flags, *outputs, recipe=recipe) == 1
     output, error = capsys.readouterr()
-    first = r"after step 1 the train loss, (nan|inf)," if last else r"step 2 is the first whose loss, (nan|inf),"
-    remedy = r"try a smaller --lr than 1e\+30, or --tripwire, which says in which layer it begins"
-    assert re.fullmatch(rf"names_gru: error: the run diverged: {first} is not finite; {remedy}\n", error)
+    first = r"after step 1 the train loss, (nan|inf)," if last else r"step \d+ is the first whose loss, (nan|inf),"
+    remedy = r"try a smaller --lr than 1e\+37, or --tripwire, which says in which layer it begins"
+    assert re.fullmatch(rf"{recipe.name}: error: the run diverged: {first} is not finite; {remedy}\n", error)
     assert "samples: none, the output is not finite\n" in output
     found = json.loads((tmp_path / "r.json").read_text())
     assert [found[f"{name}_loss"] for name in ("train", "val", "test")] == [None] * 3

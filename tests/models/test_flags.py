@@ -25,6 +25,7 @@ from tests.models.running import run
         ("--steps", "-5"),
         ("--lr", "nan"),
         ("--lr", "0"),
+        ("--lr", "1e38"),
         ("--seed", "x"),
         ("--threads", "0"),
     ],

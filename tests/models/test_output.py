@@ -13,7 +13,7 @@ from matplotlib import pyplot
 from matplotlib.figure import Figure
 
 from names.data import Vocabulary
-from names.output import plot, progress_bar, report, to_json
+from names.output import plot, progress_bar, report, show, to_json
 from names.run import Config, Run
 
 
@@ -95,6 +95,18 @@ def test_the_curves_lie_inside_the_plot_and_the_legend_outside(monkeypatch: pyte
     assert low < min(means)
     assert max(means) < high < 50
     assert not legend.get_window_extent().overlaps(axes.get_window_extent())
+
+
+def test_a_huge_loss_is_shown_and_drawn() -> None:
+    """As a run that diverges has."""
+    assert [show(loss) for loss in (2.5, -2.5, 123456.7, 1.5e30, float("nan"), float("inf"))] == [
+        *("2.5000", "-2.5000", "123456.7000", "1.5e+30", "nan", "inf")
+    ]
+    for losses in ([1.5e30], [3e38, 3e38], [1e-40], [2.5, 1e30, float("inf")]):
+        run = new_run(steps=3)
+        run.step, run.losses[: len(losses)] = len(losses), torch.tensor(losses)
+        run.validations = [(1, losses[0])]
+        assert plot(run, "a title").startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize("step", [0, 1, 30])

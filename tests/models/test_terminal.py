@@ -31,7 +31,7 @@ def start(*command: object, **environment: str) -> subprocess.Popen[bytes]:
 def test_a_run_that_nobody_reads_in_letters_that_the_terminal_lacks(tmp_path: Path) -> None:
     """Both at once: after `| head -1` a run of Cyrillic names on a Windows terminal still writes its report."""
     data, report = tmp_path / "Имена.txt", tmp_path / "r.json"
-    data.write_text("Анна\nМария\nИван Иванович\nПётр\n", "utf-8")
+    data.write_text("Илья\nЮлия\nИлья Ильич\nЖюли\n", "utf-8")
     arguments = ["--data", data, "--steps", 30, "--samples", 3, "--report", report]
     with start(MODELS / "names_mlp.py", *arguments, PYTHONIOENCODING="cp1252") as process:
         assert process.stdout is not None
@@ -42,7 +42,7 @@ def test_a_run_that_nobody_reads_in_letters_that_the_terminal_lacks(tmp_path: Pa
     assert process.returncode == 0
     found = json.loads(report.read_text("utf-8"))
     assert len(found["samples"]) == 3
-    assert any(letter in "".join(found["samples"]) for letter in "АМИПнаря")
+    assert any(letter in "".join(found["samples"]) for letter in "ИЮЖльяию")
     assert found["config"]["data"] == str(data)
 
 
@@ -57,7 +57,7 @@ def test_a_letter_that_the_terminal_lacks_is_written_as_its_number(environment: 
 def test_letters_that_the_terminal_has_are_written_as_they_are() -> None:
     """UTF-8."""
     output, _ = start("-c", PREPARED + r"print('\u0410nna')", PYTHONIOENCODING="utf-8").communicate()
-    assert output.decode().splitlines() == ["Аnna"]
+    assert output.decode().splitlines() == ["\u0410nna"]
 
 
 @pytest.mark.parametrize("stream", ["stdout", "stderr"])
