@@ -45,7 +45,7 @@ from pathlib import Path
 from names.errors import InputError
 from names.flags import new_parser, whole
 
-parser = new_parser("names_mlp_by_hand", __doc__)
+parser = new_parser("names_mlp_by_hand", __doc__ or "")
 parser.add_argument("--data", type=Path, default=data, metavar="PATH", help="text file, one name per line")
 parser.add_argument("--block-size", type=whole(1, 1024), default=block_size, metavar="N", help="context (default 3)")
 parser.add_argument("--batch-size", type=whole(2, 2**16), default=batch_size, metavar="N", help="rows (default 32)")

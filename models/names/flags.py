@@ -61,7 +61,7 @@ MODEL_FLAGS: dict[str, dict[str, Any]] = {
 
 EXIT_CODES = """
 exit code: 0; 1 where a gradient is wrong, a value was not finite (the run diverged) or a file could not be written;
-2 for input that cannot be used, before any training; 130 after Ctrl-C
+2 for input that cannot be used, or too little memory; 130 after Ctrl-C
 """
 
 
