@@ -9,6 +9,11 @@ from __future__ import annotations
 
 import sys
 
+if __name__ == "__main__":
+    from names.terminal import prepare
+
+    prepare()
+
 import torch
 from torch import Tensor
 

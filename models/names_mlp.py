@@ -8,6 +8,11 @@ from __future__ import annotations
 
 import sys
 
+if __name__ == "__main__":
+    from names.terminal import prepare
+
+    prepare()
+
 import torch
 
 from handgrad import BatchNorm1d, Embedding, Flatten, Layer, Linear, Sequential, Tanh

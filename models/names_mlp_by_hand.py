@@ -13,6 +13,12 @@ cross-entropy and of the batch norm are replaced by one formula each, and by the
 Everything is float64. It fails if any gradient differs from autograd's by more than rounding.
 """
 
+# %% tags=["active-py"]
+# Only in the script: what the terminal may do.
+from names.terminal import prepare
+
+prepare()
+
 # %%
 import sys
 
@@ -34,13 +40,12 @@ data, block_size, batch_size, seed = DATA, 3, 32, 42
 
 # %% tags=["active-py"]
 # Only in the script: a flag for each of the four, and one line where the file cannot be read.
-import argparse
 from pathlib import Path
 
 from names.errors import InputError
-from names.flags import whole
+from names.flags import new_parser, whole
 
-parser = argparse.ArgumentParser(description=__doc__)
+parser = new_parser("names_mlp_by_hand", __doc__ or "")
 parser.add_argument("--data", type=Path, default=data, metavar="PATH", help="text file, one name per line")
 parser.add_argument("--block-size", type=whole(1, 1024), default=block_size, metavar="N", help="context (default 3)")
 parser.add_argument("--batch-size", type=whole(2, 2**16), default=batch_size, metavar="N", help="rows (default 32)")

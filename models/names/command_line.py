@@ -1,43 +1,52 @@
-"""From the command line to the exit code: set up, train, show the results."""
+"""From the command line to the exit code: set up, train, write the files, show the results."""
 
 from __future__ import annotations
 
 import argparse
 import copy
-import json
+import math
 import signal
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
-from pathlib import Path
+from dataclasses import replace
 
 import torch
 
-from handgrad import CrossEntropy, NonFiniteError, TrainStep, keep_freed_memory
-from names.checkpoint import load_checkpoint, resume, save_checkpoint, write_atomically
+from handgrad import CompileError, CrossEntropy, NonFiniteError, TrainStep, keep_freed_memory
+from names.checkpoint import checkpoint_of, refuse_to_lose, resume
 from names.data import Split, Vocabulary, fingerprint, minibatch, read_names, split_names
 from names.errors import InputError, require
+from names.files import Files, refuse_paths
 from names.flags import parse_flags
 from names.inside import Inside, draw
-from names.output import plot, progress_bar, report
-from names.run import Config, Recipe, Run
+from names.output import plot, progress_bar, report, require_pyplot, show, to_json
+from names.run import Recipe, Run
 from names.training import evaluate, sample, train
 
 SAVE_EVERY = 5.0  # seconds between checkpoints
 
 
 def main(recipe: Recipe, argv: Sequence[str] | None = None) -> int:
-    """Run a names model; the exit code is 0, or 1 for a wrong gradient or a NaN, 2 for bad input, 130 after Ctrl-C."""
+    """Run a names model; the exit code is that of EXIT_CODES in names/flags.py."""
     args = parse_flags(recipe, argv)
     try:
         with Stop() as stop:
             return run_script(recipe, args, stop)
     except InputError as error:
-        print(f"{recipe.name}: error: {error}", file=sys.stderr)
-        return 2
+        return fail(recipe, str(error), 2)
     except KeyboardInterrupt:
         return 130
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "allocate memory" not in str(error):
+            raise
+        return fail(recipe, "out of memory; a smaller --batch-size, --block-size or --hidden-dim needs less", 2)
+
+
+def fail(recipe: Recipe, problem: str, code: int) -> int:
+    """Say in one line what is wrong; returns the exit code."""
+    print(f"{recipe.name}: error: {problem}", file=sys.stderr)
+    return code
 
 
 def run_script(recipe: Recipe, args: argparse.Namespace, stop: Stop) -> int:
@@ -46,42 +55,46 @@ def run_script(recipe: Recipe, args: argparse.Namespace, stop: Stop) -> int:
     device = set_up(args.device, args.threads)
     names = read_names(args.data)
     vocabulary, data = Vocabulary.of(names), fingerprint(names)
-    given = {name: value for name, value in vars(args).items() if hasattr(recipe.defaults, name) and value is not None}
-    if args.resume is None:
-        run = Run.new(recipe, Config(**(asdict(recipe.defaults) | given)), vocabulary, device)
-    else:
-        run = resume(recipe, args.resume, given, vocabulary, data, device)
+    run, resumed = begin(recipe, args, vocabulary, data, device)
+    step = TrainStep(run.model, CrossEntropy(), run.optimizer)
+    inside = Inside(run, step.loss, tripwire=args.tripwire, watch=args.watch is not None)
+    if args.compile:
+        try:
+            step = step.compile()
+        except CompileError as error:
+            raise InputError(str(error)) from None
+    files, saved, failure = Files(), time.monotonic(), None
 
     def save() -> None:
-        if args.save is not None:
-            save_checkpoint(run, args.save, data)
+        """Keep the run as it is; once a loss was not finite, the checkpoint of before is worth more."""
+        if args.save is not None and run.diverged_at is None:
+            files.write("checkpoint", args.save, checkpoint_of(run, data), f"after step {run.step:,}")
 
-    if args.save is not None and args.save.exists() and args.save != args.resume:
-        load_checkpoint(args.save, recipe.name)  # refuse to replace anything but an earlier checkpoint
     save()
+    files.raise_failure()
 
     parts = split_names(names, run.config.seed)
     splits = {name: recipe.split(part, vocabulary, run.config.block_size, device) for name, part in parts.items()}
     examples = " / ".join(f"{split.targets:,}" for split in splits.values())
     print(f"{len(names):,} names, {len(vocabulary)} characters; {examples} examples to train / validate / test")
     print(f"{run.model!r}\n{run.parameters:,} parameters", flush=True)
+    if resumed:
+        print(resumed, flush=True)
     if args.check and not check_gradients(run, splits["train"]):
-        print(f"{recipe.name}: error: a gradient differs from autograd's", file=sys.stderr)
-        return 1
-
-    step = TrainStep(run.model, CrossEntropy(), run.optimizer)
-    inside = Inside(run, step.loss, tripwire=args.tripwire, watch=args.watch is not None)
+        return fail(recipe, "a gradient differs from autograd's", 1)
     if args.compile:
         print("compiling the training step: the first steps take a minute or so", flush=True)
-        step = step.compile()
-    saved, failure = time.monotonic(), None
+
     with progress_bar(run) as show_progress:
 
         def go_on() -> bool:
             """Between two stretches of steps: save now and then, show progress; whether to go on."""
             nonlocal saved
             if time.monotonic() - saved > SAVE_EVERY:
+                told = bool(files.failures)
                 save()
+                if files.failures and not told:
+                    print(f"{recipe.name}: {files.failures['checkpoint']}; the run goes on", file=sys.stderr)
                 saved = time.monotonic()
             show_progress()
             return not stop.asked
@@ -91,29 +104,68 @@ def run_script(recipe: Recipe, args: argparse.Namespace, stop: Stop) -> int:
         except NonFiniteError as error:
             failure = error
     save()
-    show_results(run, splits, args, device, inside, stopped=stop.asked or failure is not None)
+    stopped = stop.asked or failure is not None
+    losses = show_results(run, splits, args, device, inside, files, stopped=stopped)
+    problems, kept = list(files.failures.values()), ", ".join(["losses", *files.kept()])
     if failure is not None:
-        paths = {"checkpoint": args.save, "report": args.report, "plot": args.plot}
-        if inside.seen():
-            paths["pictures"] = args.watch
-        kept = ", ".join(["losses", *(f"{name} {path}" for name, path in paths.items() if path is not None)])
-        print(f"{recipe.name}: error: step {run.step + 1:,}: {failure}; kept, up to this step: {kept}", file=sys.stderr)
-        return 1
-    return 130 if stop.asked else 0
+        problems.append(f"step {run.step + 1:,}: {failure}; kept, up to this step: {kept}")
+    elif (first := first_not_finite(run, losses)) is not None:
+        remedy = f"try a smaller --lr than {run.config.lr:g}, or --tripwire, which says in which layer it begins"
+        problems.append(f"the run diverged: {first}; {remedy}")
+    for problem in problems:
+        fail(recipe, problem, 1)
+    return 130 if stop.asked else int(bool(problems))
+
+
+def begin(
+    recipe: Recipe, args: argparse.Namespace, vocabulary: Vocabulary, data: str, device: torch.device
+) -> tuple[Run, str]:
+    """A new run; or a resumed one, with what to say of it.
+
+    InputError where the flags do not fit the checkpoint to resume, or --save would replace one that this is not.
+    """
+    given = {name: value for name, value in vars(args).items() if hasattr(recipe.defaults, name) and value is not None}
+    if args.resume is None:
+        run, resumed = Run.new(recipe, replace(recipe.defaults, **given), vocabulary, device), ""
+    else:
+        run = resume(recipe, args.resume, given, vocabulary, data, device)
+        planned, steps = run.config.steps, given.get("steps", run.config.steps)
+        run.set_steps(steps)
+        resumed = f"going on after step {run.step:,} of {steps:,}"
+        if steps != planned:
+            resumed += f", not {planned:,}, which moves the half where the learning rate drops: it is {run.schedule()}"
+    same = args.resume is not None and args.save is not None and args.save.resolve() == args.resume.resolve()
+    if args.save is not None and args.save.exists() and not args.overwrite and not same:
+        refuse_to_lose(run, args.save, data)
+    return run, resumed
+
+
+def first_not_finite(run: Run, losses: dict[str, float]) -> str | None:
+    """What was first infinite or not a number, of the losses of the steps and then of the results; None for nothing."""
+    if run.diverged_at is not None:
+        return f"step {run.diverged_at:,} is the first whose loss, {run.losses[run.diverged_at - 1]}, is not finite"
+    for name, loss in losses.items():
+        if not math.isfinite(loss):
+            return f"after step {run.step:,} the {name} loss, {loss}, is not finite"
+    return None
 
 
 def refuse(args: argparse.Namespace) -> None:
     """Raise InputError, before any work, for what could only fail later."""
-    for path in (args.save, args.plot, args.report, args.watch):
-        if path is not None and not path.parent.is_dir():
-            raise InputError(f"cannot write {path}: there is no directory {path.parent}")
+    paths = {f"--{flag}": getattr(args, flag) for flag in ("data", "resume", "save", "report", "plot", "watch")}
+    refuse_paths({flag: path for flag, path in paths.items() if path is not None})
+    if args.overwrite and args.save is None:
+        raise InputError("--overwrite is about the file of --save; give that, too")
     for flag in ("tripwire", "watch"):
         if args.compile and getattr(args, flag):
             raise InputError(
                 f"--{flag} looks inside the steps, and a compiled one cannot be looked into; omit --compile"
             )
+    require("tqdm")
+    if args.save is not None or args.resume is not None:
+        require("safetensors.torch")
     if args.plot is not None or args.watch is not None:
-        require("matplotlib")
+        require_pyplot()
 
 
 def set_up(device_name: str, threads: int) -> torch.device:
@@ -140,39 +192,43 @@ def check_gradients(run: Run, split: Split) -> bool:
 
 
 def show_results(
-    run: Run, splits: dict[str, Split], args: argparse.Namespace, device: torch.device, inside: Inside, *, stopped: bool
-) -> None:
-    """Evaluate and sample; print the results, and write the report and the pictures that were asked for."""
+    run: Run,
+    splits: dict[str, Split],
+    args: argparse.Namespace,
+    device: torch.device,
+    inside: Inside,
+    files: Files,
+    *,
+    stopped: bool,
+) -> dict[str, float]:
+    """Evaluate and sample; first write the files that were asked for, then print the results; returns the losses."""
     losses = {name: evaluate(run.model, split) for name, split in splits.items()}
     samples = sample(run, args.samples, device)
-    state = f"stopped after {run.step:,} of {run.config.steps:,} steps" if stopped else f"{run.step:,} steps"
-    speed = f", {run.steps_per_second:,.0f} steps/s" if run.steps_per_second else ""
-    print("  ".join(f"{name} {loss:.4f}" for name, loss in losses.items()) + f"   ({state}{speed})")
-    if args.samples:
-        print("samples: " + (" ".join(name or "(empty)" for name in samples) or "none, the output is not finite"))
-    if args.save is not None:
-        print(f"checkpoint: {args.save}")
+    seen = inside.seen()
     if args.report is not None:
         settings = {"data": str(args.data), "device": str(device), "threads": args.threads, "compile": args.compile}
-        text = json.dumps(report(run, losses, samples, settings), indent=2, ensure_ascii=False, allow_nan=False)
-        write_atomically(args.report, text.encode() + b"\n")
+        files.write("report", args.report, to_json(report(run, losses, samples, settings)))
     if args.plot is not None:
-        title = f"{run.recipe.name}: {run.parameters:,} parameters, validation loss {losses['val']:.4f}"
-        write_atomically(args.plot, plot(run, title))
-    if args.watch is not None:
-        show_statistics(inside, args.watch)
+        title = f"{run.recipe.name}: {run.parameters:,} parameters, validation loss {show(losses['val'])}"
+        files.write("plot", args.plot, plot(run, title))
+    if seen:
+        files.write("pictures", args.watch, draw(seen), " and ".join(seen))
 
-
-def show_statistics(inside: Inside, path: Path) -> None:
-    """Print the table of the last steps that were watched, and write the pictures."""
-    seen = inside.seen()
-    if not seen:
+    state = f"stopped after {run.step:,} of {run.config.steps:,} steps" if stopped else f"{run.step:,} steps"
+    speed = f", {run.steps_per_second:,.0f} steps/s" if run.steps_per_second else ""
+    print("  ".join(f"{name} {show(loss)}" for name, loss in losses.items()) + f"   ({state}{speed})")
+    if args.samples:
+        print("samples:" if samples else "samples: none, the output is not finite")
+        for name in samples:
+            print(f"  {name or '(empty)'}")
+    if seen:
+        title, last = list(seen.items())[-1]
+        print(f"\n{title}: {last}\n")
+    for kind, (path, remark) in files.written.items():
+        print(f"{kind}: {path}" + (f" ({remark})" if remark else ""))
+    if args.watch is not None and not seen:
         print("pictures: none, no step was taken")
-        return
-    title, last = list(seen.items())[-1]
-    print(f"\n{title}: {last}\n")
-    write_atomically(path, draw(seen))
-    print(f"pictures: {path} ({' and '.join(seen)})")
+    return losses
 
 
 class Stop:
@@ -181,7 +237,10 @@ class Stop:
     asked = False
 
     def __enter__(self) -> Stop:
-        self.previous = {number: signal.signal(number, self.ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        self.previous = {}
+        for number in (signal.SIGINT, signal.SIGTERM):
+            if signal.getsignal(number) is not signal.SIG_IGN:  # as for SIGINT in the background
+                self.previous[number] = signal.signal(number, self.ask)
         return self
 
     def __exit__(self, *exception: object) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from names.errors import InputError
+from names.errors import InputError, shorten
 
 DATA = Path(__file__).parents[1] / "data" / "names.txt"
 BOUNDARY = "."  # token 0: it fills the context before a name and ends the name
@@ -68,7 +68,7 @@ def read_names(path: Path) -> list[str]:
     for number, name in enumerate(names, 1):
         if BOUNDARY in name:
             raise InputError(
-                f"{path}, line {number}: {BOUNDARY!r} marks the end of a name and cannot be in one: {name!r}"
+                f"{path}, line {number}: {BOUNDARY!r} marks the end of a name and cannot be in one: {shorten(name)}"
             )
     names = [name for name in names if name]
     if len(names) < 3:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import reprlib
 from types import ModuleType
 
 
@@ -15,4 +16,11 @@ def require(module: str) -> ModuleType:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise InputError(f"this needs {error.name}: pip install 'handgrad[models]'") from None
+        raise InputError(f"this needs {error.name or module}: pip install 'handgrad[models]'") from None
+
+
+def shorten(text: str) -> str:
+    """A text in quotes, its middle left out where it is long."""
+    short = reprlib.Repr()
+    short.maxstring = 70
+    return short.repr(text)

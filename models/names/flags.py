@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import math
 import shutil
 import textwrap
 from collections.abc import Callable, Sequence
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from names.data import DATA
-from names.run import Recipe
+from names.run import LARGEST_RATE, RANGES, Recipe
 
 
 def whole(low: int, high: int) -> Callable[[str], int]:
@@ -31,13 +30,13 @@ def whole(low: int, high: int) -> Callable[[str], int]:
 
 
 def rate(text: str) -> float:
-    """An argparse type: a finite number above 0."""
+    """An argparse type: a learning rate."""
     try:
         value = float(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"expected a number, got {text!r}") from None
-    if not (value > 0 and math.isfinite(value)):
-        raise argparse.ArgumentTypeError(f"expected a number above 0, got {text}")
+    if not 0 < value <= LARGEST_RATE:
+        raise argparse.ArgumentTypeError(f"expected a number above 0, up to {LARGEST_RATE:g}, got {text}")
     return value
 
 
@@ -52,7 +51,7 @@ def share(text: str) -> float:
     return value
 
 
-OPTIONS: dict[str, dict[str, Any]] = {
+MODEL_FLAGS: dict[str, dict[str, Any]] = {
     "unbiased": {"action": "store_const", "const": True, "help": "normalise batches with n - 1, as the lecture does"},
     "tied": {"action": "store_const", "const": True, "help": "share the embedding's table with the output layer"},
     "dropout": {"type": share, "metavar": "P", "help": "share of the activations to drop in training (default 0.1)"},
@@ -60,18 +59,31 @@ OPTIONS: dict[str, dict[str, Any]] = {
 """The flags that only some models have: see Recipe.options."""
 
 
-def parse_flags(recipe: Recipe, argv: Sequence[str] | None) -> argparse.Namespace:
-    """Read the command line. A flag that is a field of Config is None where it was not given."""
-    defaults, width = recipe.defaults, min(100, shutil.get_terminal_size().columns - 2)
-    parser = argparse.ArgumentParser(
-        prog=recipe.name,
-        description="\n\n".join(textwrap.fill(text, width) for text in recipe.description.split("\n\n")),
+EXIT_CODES = """
+exit code: 0; 1 where a gradient is wrong, a value was not finite (the run diverged) or a file could not be written;
+2 for input that cannot be used, or too little memory; 130 after Ctrl-C
+"""
+
+
+def new_parser(name: str, description: str, epilog: str = "") -> argparse.ArgumentParser:
+    """A parser whose help keeps the paragraphs of its description, in at most 100 columns."""
+    width = min(100, shutil.get_terminal_size().columns - 2)
+    return argparse.ArgumentParser(
+        prog=name,
+        description="\n\n".join(textwrap.fill(text, width) for text in description.split("\n\n")),
+        epilog=textwrap.fill(epilog.strip(), width),
         formatter_class=partial(argparse.RawDescriptionHelpFormatter, width=width),
     )
 
-    def size(name: str, low: int, high: int, text: str, group: Any) -> None:
-        default = getattr(defaults, name[2:].replace("-", "_"))
-        group.add_argument(name, type=whole(low, high), metavar="N", help=f"{text} (default {default:,})")
+
+def parse_flags(recipe: Recipe, argv: Sequence[str] | None) -> argparse.Namespace:
+    """Read the command line. A flag that is a field of Config is None where it was not given."""
+    defaults, parser = recipe.defaults, new_parser(recipe.name, recipe.description, EXIT_CODES)
+
+    def size(name: str, text: str, group: Any) -> None:
+        default, numbers = getattr(defaults, name), whole(*RANGES[name])
+        flag = "--" + name.replace("_", "-")
+        group.add_argument(flag, type=numbers, metavar="N", help=f"{text} (default {default:,})")
 
     data = parser.add_argument_group("data and model")
     data.add_argument(
@@ -81,18 +93,18 @@ def parse_flags(recipe: Recipe, argv: Sequence[str] | None) -> argparse.Namespac
         metavar="PATH",
         help="text file, one name per line (default: the shipped names)",
     )
-    size("--block-size", 1, 1024, "characters of context", data)
-    size("--embedding-dim", 1, 65536, "numbers a character is embedded in", data)
-    size("--hidden-dim", 1, 65536, "hidden units", data)
+    size("block_size", "characters of context", data)
+    size("embedding_dim", "numbers a character is embedded in", data)
+    size("hidden_dim", "hidden units", data)
     for option in recipe.options:
-        data.add_argument(f"--{option}", **OPTIONS[option])
+        data.add_argument(f"--{option}", **MODEL_FLAGS[option])
     training = parser.add_argument_group("training")
-    size("--steps", 0, 10**9, "training steps; the learning rate drops to a tenth halfway", training)
-    size("--batch-size", 2, 2**20, "examples a step", training)
+    size("steps", "training steps; the learning rate drops to a tenth halfway", training)
+    size("batch_size", "examples a step", training)
     training.add_argument(
         "--lr", type=rate, metavar="X", help=f"learning rate of the first half (default {defaults.lr:g})"
     )
-    size("--seed", 0, 2**63 - 1, "seed of the split, the initial weights, the minibatches and the samples", training)
+    size("seed", "seed of the split, the initial weights, the minibatches and the samples", training)
     training.add_argument("--compile", action="store_true", help="compile the training step: faster, after a minute")
     training.add_argument(
         "--device", default="cpu", metavar="NAME", help="where to train: cpu, cuda, cuda:1, ... (default cpu)"
@@ -135,7 +147,13 @@ def parse_flags(recipe: Recipe, argv: Sequence[str] | None) -> argparse.Namespac
         "--resume",
         type=Path,
         metavar="PATH",
-        help="go on from this checkpoint, with its configuration; only --steps may differ",
+        help="go on from this checkpoint, with its configuration; only --steps may differ, and with it the step where "
+        "the learning rate drops",
+    )
+    result.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="let --save replace the file that is there, whatever it holds: another run, or more steps of this one",
     )
     result.add_argument("--plot", type=Path, metavar="PATH", help="draw the loss curve here (PNG)")
     result.add_argument(

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import io
+import json
 import math
+import os
 import platform
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -15,6 +17,11 @@ import torch
 import handgrad
 from names.errors import require
 from names.run import Run
+
+
+def show(loss: float) -> str:
+    """A loss in four decimals, or a huge one in four digits."""
+    return f"{loss:.4f}" if abs(loss) < 1e6 else f"{loss:.4g}"
 
 
 @contextmanager
@@ -26,18 +33,24 @@ def progress_bar(run: Run) -> Iterator[Callable[[], None]]:
         def move() -> None:
             if run.step > bar.n and not bar.disable:
                 loss = float(run.losses[max(0, run.step - 1000) : run.step].mean())
-                val = f"{run.validations[-1][1]:.4f}" if run.validations else "..."
-                bar.set_postfix(loss=f"{loss:.4f}", val=val)
+                val = show(run.validations[-1][1]) if run.validations else "..."
+                bar.set_postfix(loss=show(loss), val=val)
                 bar.update(run.step - bar.n)
 
         yield move
         move()
 
 
+def require_pyplot() -> ModuleType:
+    """matplotlib.pyplot, drawing into files, whatever window system the machine has or was set to."""
+    os.environ["MPLBACKEND"] = "agg"
+    require("matplotlib").use("agg")
+    return require("matplotlib.pyplot")
+
+
 def plot(run: Run, title: str) -> bytes:
     """A PNG picture of the losses: of each step, faint; their running mean; on validation; and where the lr changes."""
-    require("matplotlib").use("Agg")
-    pyplot = require("matplotlib.pyplot")
+    pyplot = require_pyplot()
     losses, window = run.losses[: run.step], min(4000, max(1, run.step // 20))
     figure, axes = pyplot.subplots(figsize=(9, 5), layout="constrained")
     raw = {"color": "tab:blue", "alpha": max(0.03, min(0.3, 600 / (run.step + 1))), "markersize": 1.5}
@@ -49,13 +62,13 @@ def plot(run: Run, title: str) -> bytes:
     axes.plot(*zip(*run.validations or [(None, None)]), "o-", color="tab:orange", markersize=4, label="validation")
     curves = [loss for loss in (*means, *(loss for _, loss in run.validations)) if math.isfinite(loss)]
     if curves:  # minibatches beyond are cut off
-        margin = 0.3 * (max(curves) - min(curves)) + 0.01
+        margin = 0.3 * (max(curves) - min(curves)) + max(0.01, 0.001 * max(map(abs, curves)))
         axes.set_ylim(min(curves) - margin, max(curves) + margin)
-    change = run.config.steps // 2
-    if 0 < change < run.step:
+    for number, ((_, before), (change, after)) in enumerate(zip(run.rates, run.rates[1:])):
         axes.axvline(change, color="gray", linestyle="--", linewidth=1)
-        text = f" lr {run.config.lr_at(change - 1):g} to {run.config.lr_at(change):g}"
-        axes.text(change, 0.98, text, transform=axes.get_xaxis_transform(), va="top", color="gray")
+        text = f" lr {before:g} to {after:g}"
+        height = 0.98 - 0.05 * (number % 4)  # changes may be close together
+        axes.text(change, height, text, transform=axes.get_xaxis_transform(), va="top", color="gray")
     axes.set(title=title, xlabel="step", ylabel="cross-entropy (nats a character)")
     axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.grid(alpha=0.2)
@@ -75,7 +88,7 @@ def report(run: Run, losses: dict[str, float], samples: list[str], settings: dic
         **{f"{name}_loss": loss if math.isfinite(loss) else None for name, loss in losses.items()},
         "steps_per_second": run.steps_per_second,
         "samples": samples,
-        "config": asdict(run.config) | settings,
+        "config": run.recipe.settings(run.config) | settings,
         "versions": {
             "handgrad": handgrad.__version__,
             "torch": torch.__version__,
@@ -83,3 +96,9 @@ def report(run: Run, losses: dict[str, float], samples: list[str], settings: dic
             "platform": platform.platform(),
         },
     }
+
+
+def to_json(result: dict[str, Any]) -> bytes:
+    """The content of a JSON file, letters as they are; a path that is not UTF-8 has its bytes as escapes."""
+    text = json.dumps(result, indent=2, ensure_ascii=False, allow_nan=False)
+    return text.encode(errors="backslashreplace") + b"\n"

@@ -38,6 +38,7 @@ def train(
         end = end_of_stretch(run.step, config.steps, validate_every)
         for group in run.optimizer.param_groups:
             group["lr"] = config.lr_at(run.step)
+        run.note_rate(config.lr_at(run.step))
         begun, first, generator = time.perf_counter(), run.step, run.generator.get_state()
         xs, ys = minibatches(split, end - first, config.batch_size, run.generator)
         try:
@@ -84,19 +85,30 @@ def evaluate(model: Layer, split: Split) -> float:
 @torch.no_grad()
 def sample(run: Run, count: int, device: torch.device) -> list[str]:
     """Draw `count` names from the model, character by character; none where its output is not finite."""
-    block_size, generator = run.config.block_size, torch.Generator().manual_seed(run.config.seed)
+    generator, names = torch.Generator().manual_seed(run.config.seed), []
+    run.model.eval()
+    while len(names) < count:
+        drawn = sample_at_once(run, min(ROWS_AT_ONCE, count - len(names)), device, generator)
+        if not drawn:
+            names = []
+            break
+        names += drawn
+    run.model.train()
+    return names
+
+
+def sample_at_once(run: Run, count: int, device: torch.device, generator: torch.Generator) -> list[str]:
+    """Draw some names, a character of each at a time; none where the model's output is not finite."""
+    block_size = run.config.block_size
     begin = 1 if run.recipe.sequences else block_size  # boundaries before the first character
     tokens = torch.zeros(count, begin, dtype=torch.int64)
-    run.model.eval()
-    for _ in range(LONGEST_SAMPLE if count else 0):
+    for _ in range(LONGEST_SAMPLE):
         logits = run.model(tokens[:, -block_size:].to(device)).cpu()
         probabilities = logits.view(count, -1, len(run.vocabulary))[:, -1].softmax(1)
         if not bool(probabilities.isfinite().all()):
-            tokens = tokens[:0]
-            break
+            return []
         tokens = torch.cat([tokens, torch.multinomial(probabilities, 1, generator=generator)], 1)
         if bool((tokens[:, begin:] == 0).any(1).all()):
             break
-    run.model.train()
     texts = (run.vocabulary.decode(row) for row in tokens[:, begin:].tolist())
     return [text.split(BOUNDARY)[0] for text in texts]

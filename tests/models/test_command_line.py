@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import names_gpt
+import names_gru
 import names_mlp
 import pytest
 
+from names import command_line, files
+from names.errors import InputError
 from tests.models.running import ENVIRONMENT, MODELS, checkpoint_step, run, script
 
 
@@ -32,6 +37,11 @@ def test_a_short_run_reports_everything_it_promises(tmp_path: Path) -> None:
     assert len(report["samples"]) == 20
     assert 2.4 < report["val_loss"] < 2.9
     assert report["config"]["block_size"] == 3
+    assert not {"tied", "dropout"} & set(report["config"])  # this model has neither
+    *_, heading = (line for line in result.stdout.splitlines() if line == "samples:")
+    shown = result.stdout.partition(f"{heading}\n")[2].splitlines()
+    assert shown[:20] == [f"  {name or '(empty)'}" for name in report["samples"]]
+    assert shown[20:] == [f"report: {tmp_path / 'r.json'}", f"plot: {tmp_path / 'p.png'}"]
     assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -74,6 +84,9 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path: Path, capsys: pytest.Ca
         (["--save", tmp_path / "no" / "where"], "there is no directory"),
         (["--report", tmp_path / "no" / "where"], "there is no directory"),
         (["--watch", tmp_path / "no" / "where"], "there is no directory"),
+        (["--report", tmp_path], "it is a directory; give the path of a file"),
+        (["--save", tmp_path / "z", "--plot", tmp_path / "z"], "--save and --plot are the same file"),
+        (["--overwrite"], "--overwrite is about the file of --save"),
         (["--watch", tmp_path / "w.png", "--compile"], "--watch looks inside the steps"),
         (["--tripwire", "--compile"], "--tripwire looks inside the steps"),
     ]
@@ -84,6 +97,119 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path: Path, capsys: pytest.Ca
         assert captured.err.startswith("names_mlp: error: ")
         assert message in captured.err
         assert captured.err.count("\n") == 1
+
+
+def test_a_name_of_ten_thousand_characters(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Trains as any other; what is wrong with one is said in a short line."""
+    path = tmp_path / "long"
+    path.write_text("xy" * 5000 + "\nab\ncd\nef\n")
+    for recipe in (names_mlp.RECIPE, names_gru.RECIPE):
+        assert run("--data", path, "--steps", 2, "--samples", 2, recipe=recipe) == 0
+    path.write_text("ab\ncd\n" + "y.z" * 5000)
+    capsys.readouterr()
+    assert run("--data", path) == 2
+    assert len(capsys.readouterr().err) < 200 + len(str(path))
+
+
+@pytest.mark.parametrize(
+    ("flag", "missing"), [("--plot", "matplotlib"), ("--watch", "matplotlib"), ("--save", "safetensors"), ("", "tqdm")]
+)
+def test_a_package_that_is_missing_is_named_before_training(
+    flag: str,
+    missing: str,
+    data: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """With the command that installs it."""
+    for name in (missing, *(name for name in sys.modules if name.startswith(f"{missing}."))):
+        monkeypatch.setitem(sys.modules, name, None)
+    assert run("--data", data, *([flag, tmp_path / "x"] if flag else [])) == 2
+    output, error = capsys.readouterr()
+    assert output == ""
+    assert re.fullmatch(rf"names_mlp: error: this needs {missing}[.\w]*: pip install 'handgrad\[models\]'\n", error)
+
+
+def test_a_disk_that_fills_up_costs_neither_the_run_nor_the_other_files(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The checkpoint that there was is kept; the run says so at once and at its end, in its exit code too."""
+    write, saves = files.write_atomically, 0
+
+    def fills_up(path: Path, content: bytes) -> None:
+        nonlocal saves
+        saves += path.name == "c"
+        if path.name == "c" and saves > 2:
+            raise InputError(f"cannot write {path}: No space left on device")
+        write(path, content)
+
+    monkeypatch.setattr(files, "write_atomically", fills_up)
+    monkeypatch.setattr(command_line, "SAVE_EVERY", 0.0)
+    outputs = ["--save", tmp_path / "c", "--report", tmp_path / "r.json"]
+    assert run("--data", data, "--steps", 200, "--samples", 1, *outputs) == 1
+    output, error = capsys.readouterr()
+    assert saves > 4
+    problem = f"cannot write {tmp_path / 'c'}: No space left on device"
+    assert error == f"names_mlp: {problem}; the run goes on\nnames_mlp: error: {problem}\n"
+    assert output.endswith(f"report: {tmp_path / 'r.json'}\n")
+    assert json.loads((tmp_path / "r.json").read_text())["steps"] == 200
+    assert checkpoint_step(tmp_path / "c") < 200
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_a_run_that_diverges_ends_in_good_order(
+    last: bool, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With its losses, files and one line of where and what to try; so where only the last update went wrong."""
+    outputs = ["--report", tmp_path / "r.json", "--plot", tmp_path / "p.png", "--watch", tmp_path / "w.png"]
+    flags = ["--data", data, "--steps", 1 if last else 50, "--lr", 1e37]
+    recipe = names_gpt.RECIPE if last else names_gru.RECIPE
+    assert run(*flags, *outputs, recipe=recipe) == 1
+    output, error = capsys.readouterr()
+    first = r"after step 1 the train loss, (nan|inf)," if last else r"step \d+ is the first whose loss, (nan|inf),"
+    remedy = r"try a smaller --lr than 1e\+37, or --tripwire, which says in which layer it begins"
+    assert re.fullmatch(rf"{recipe.name}: error: the run diverged: {first} is not finite; {remedy}\n", error)
+    assert "samples: none, the output is not finite\n" in output
+    found = json.loads((tmp_path / "r.json").read_text())
+    assert [found[f"{name}_loss"] for name in ("train", "val", "test")] == [None] * 3
+    assert found["samples"] == []
+    for name in ("p.png", "w.png"):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+        assert str(tmp_path / name) in output
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes")])
+def test_too_little_memory_is_one_line(
+    error: Exception, data: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where the batches are too large; any other error of a layer is shown as what it is."""
+
+    def forward(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(names_mlp.Tanh, "forward", forward)
+    assert run("--data", data, "--steps", 1) == 2
+    assert capsys.readouterr().err.startswith("names_mlp: error: out of memory; a smaller --batch-size")
+    error = RuntimeError("a mistake in a layer")
+    with pytest.raises(RuntimeError, match="a mistake in a layer"):
+        run("--data", data, "--steps", 1)
+
+
+def test_a_second_ctrl_c_ends_at_once_and_an_ignored_one_stays_ignored() -> None:
+    """The first one only asks."""
+    with command_line.Stop() as stop:
+        signal.raise_signal(signal.SIGINT)
+        assert stop.asked
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with command_line.Stop() as stop:
+            signal.raise_signal(signal.SIGINT)
+        assert not stop.asked
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_check_fails_on_a_wrong_backward(

@@ -10,7 +10,8 @@ import names_mlp
 import names_wavenet
 import pytest
 
-from names.run import Recipe
+from names.flags import MODEL_FLAGS, new_parser, parse_flags
+from names.run import OPTIONS, RANGES, Recipe
 from tests.models.running import run
 
 
@@ -24,6 +25,7 @@ from tests.models.running import run
         ("--steps", "-5"),
         ("--lr", "nan"),
         ("--lr", "0"),
+        ("--lr", "1e38"),
         ("--seed", "x"),
         ("--threads", "0"),
     ],
@@ -52,3 +54,31 @@ def test_help_says_what_each_flag_does(
     usage, _, rest = text.partition("\n\n")
     for flag in re.findall(r"--[\w-]+", usage):
         assert re.search(rf"^  {flag}( [A-Z]+)?\s+\w", rest, re.MULTILINE), flag
+    assert re.search(r"\n\nexit code: 0; 1 where (.|\n)*; 2 for (.|\n)*; 130 after Ctrl-C\n$", text)
+
+
+def test_each_option_of_a_model_has_its_flag() -> None:
+    """And each flag is an option."""
+    assert set(MODEL_FLAGS) == set(OPTIONS)
+
+
+def test_the_range_of_a_flag_is_that_of_the_configuration(capsys: pytest.CaptureFixture[str]) -> None:
+    """The largest value is taken, the next is not."""
+    for name, (_, high) in RANGES.items():
+        flag = "--" + name.replace("_", "-")
+        assert vars(parse_flags(names_mlp.RECIPE, [flag, str(high)]))[name] == high
+        with pytest.raises(SystemExit):
+            parse_flags(names_mlp.RECIPE, [flag, str(high + 1)])
+        assert f"to {high:,}, got {high + 1}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("columns", [40, 80, 300])
+def test_help_fits(columns: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The terminal, and 100 columns."""
+    monkeypatch.setenv("COLUMNS", str(columns))
+    parser = new_parser("names", "some words " * 30 + "\n\n" + "more words " * 30, "the end " * 30)
+    parser.add_argument("--flag", help="what it does " * 20)
+    parser.print_help()
+    text = capsys.readouterr().out
+    assert "words\n\nmore words" in text
+    assert 0.8 * min(columns, 100) < max(map(len, text.splitlines())) <= min(columns - 2, 100)

@@ -71,8 +71,8 @@ def test_the_first_value_that_is_not_finite_ends_the_run(
 
 
 def test_without_the_tripwire_a_run_goes_on(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """To its end, where it has no samples to show."""
-    assert run("--data", data, "--steps", 50, "--lr", 1e30) == 0
+    """To its end, where it has no samples to show, and says where it diverged."""
+    assert run("--data", data, "--steps", 50, "--lr", 1e30) == 1
     output = capsys.readouterr().out
     assert "train nan  val nan  test nan   (50 steps, " in output
     assert "samples: none, the output is not finite\n" in output
