@@ -152,6 +152,11 @@ class Layer:
         cls._arity = arity(cls.forward, given=1) if cls.takes_apart else (1, 1)
 
     def __new__(cls: type[L], *args: Any, **kwargs: Any) -> L:
+        if (args or kwargs) and cls.__init__ is object.__init__:  # which would swallow them
+            raise TypeError(f"{cls.__name__}() takes no arguments")
+        dtype, declared = kwargs.get("dtype"), cls._declared.values()
+        if dtype is not None and any(d.kind == "parameter" for d in declared) and not _is_floating_dtype(dtype):
+            raise DtypeError(f"{cls.__name__}: dtype must be a floating torch.dtype, got {dtype!r}")
         self = super().__new__(cls)
         self._records, self._watchers = [], ()
         self.training = True
@@ -238,15 +243,17 @@ class Layer:
         """Make an error whose text begins with this layer, its sizes and options, and the method it happened in."""
         return kind(f"{self._head()}.{where}: {problem}")
 
-    def check_input(self, x: Tensor, dtype: torch.dtype | None = None) -> None:
-        """Raise DtypeError unless x is a tensor of `dtype`, or of any floating dtype where none is given."""
+    def check_input(self, x: Tensor, dtype: torch.dtype | None = None, name: str = "x") -> None:
+        """Raise DtypeError unless x is a tensor of `dtype`, or of any floating dtype where none is given.
+
+        `name` is that of the input, where it is not x.
+        """
         if not isinstance(x, Tensor):
-            raise self.error(DtypeError, "forward", f"x must be a torch.Tensor, got {type(x).__name__}")
+            raise self.error(DtypeError, "forward", f"{name} must be a torch.Tensor, got {type(x).__name__}")
         if x.dtype is not dtype and (dtype is not None or not x.is_floating_point()):
             wanted = "a floating dtype" if dtype is None else f"{dtype}, the dtype of the parameters"
-            raise self.error(
-                DtypeError, "forward", f"x must have {wanted}, got {x.dtype}; convert x or use layer.to(dtype)"
-            )
+            problem = f"{name} must have {wanted}, got {x.dtype}; convert {name} or use layer.to(dtype)"
+            raise self.error(DtypeError, "forward", problem)
 
     def push(self, *saved: Any, out: Any) -> None:
         """Record what the backward of this forward needs; a no-op under `torch.no_grad()`.
@@ -624,6 +631,10 @@ def held(kind: type[T], name: str, value: Any) -> Iterator[tuple[str, T]]:
 def spec_of(out: Any) -> Spec:
     """What the gradient of a tensor, or of a tuple of them, must be like."""
     return (out.shape, out.dtype, out.device) if isinstance(out, Tensor) else [spec_of(o) for o in out]
+
+
+def _is_floating_dtype(dtype: Any) -> bool:
+    return isinstance(dtype, torch.dtype) and dtype.is_floating_point
 
 
 def _is_floating(spec: Spec) -> bool:

@@ -121,7 +121,7 @@ class MultiheadAttention(nn.MultiheadAttention):
 class SelfAttention(nn.MultiheadAttention):
     """torch.nn.MultiheadAttention of x with itself."""
 
-    def __init__(self, embed_dim: int, num_heads: int, bias: bool = True, *, causal: bool = False) -> None:
+    def __init__(self, embed_dim: int, num_heads: int, *, bias: bool = True, causal: bool = False) -> None:
         super().__init__(embed_dim, num_heads, bias=bias, batch_first=True)
         self.causal = causal
 

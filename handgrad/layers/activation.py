@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from handgrad.arguments import integer, number
 from handgrad.errors import ArgumentError, ShapeError
 from handgrad.layer import Layer
 from handgrad.pieces import blockwise, exp
@@ -130,7 +131,7 @@ class LeakyReLU(Layer):
     shown = ("negative_slope",)
 
     def __init__(self, negative_slope: float = 0.01) -> None:
-        self.negative_slope = negative_slope
+        self.negative_slope = number(self, "negative_slope", negative_slope)
 
     def forward(self, x: Tensor) -> Tensor:
         self.check_input(x)
@@ -259,7 +260,7 @@ class Softmax(Layer):
     """
 
     def __init__(self, dim: int) -> None:
-        self.dim = dim
+        self.dim = integer(self, "dim", dim, None)
 
     def forward(self, x: Tensor) -> Tensor:
         self.check_input(x)
@@ -295,7 +296,7 @@ class LogSoftmax(Layer):
     """
 
     def __init__(self, dim: int) -> None:
-        self.dim = dim
+        self.dim = integer(self, "dim", dim, None)
 
     def forward(self, x: Tensor) -> Tensor:
         self.check_input(x)

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from handgrad.errors import ArgumentError, DtypeError, ShapeError
+from handgrad.arguments import integer, number, refused
+from handgrad.errors import DtypeError, ShapeError
 from handgrad.layer import Layer, parameter
 from handgrad.layers.dropout import drawn_mask
 from handgrad.layers.linear import Linear, rows
@@ -57,10 +58,10 @@ class Attention(Layer):
         dtype: torch.dtype | None,
         device: torch.device | str | None,
     ) -> None:
-        if embed_dim < 1 or num_heads < 1 or embed_dim % num_heads:
-            problem = f"num_heads must divide embed_dim, got {num_heads} and {embed_dim}"
-            raise ArgumentError(f"{type(self).__name__}: {problem}")
-        self.embed_dim, self.num_heads, self.bias = embed_dim, num_heads, bias
+        self.embed_dim = embed_dim = integer(self, "embed_dim", embed_dim)
+        self.num_heads, self.bias = integer(self, "num_heads", num_heads), bias
+        if embed_dim % self.num_heads:
+            raise refused(self, f"num_heads must divide embed_dim, got {num_heads} and {embed_dim}")
         self.in_proj_weight = torch.empty(3 * embed_dim, embed_dim, dtype=dtype, device=device)
         self.in_proj_bias = torch.zeros(3 * embed_dim, dtype=dtype, device=device) if bias else None
         self.out_proj = Linear(embed_dim, embed_dim, bias, generator=generator, dtype=dtype, device=device)
@@ -175,10 +176,9 @@ class MultiheadAttention(Attention):
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> None:
-        if not 0 <= dropout <= 1:
-            raise ArgumentError(f"MultiheadAttention: dropout must be in 0..1, got {dropout}")
         super().__init__(embed_dim, num_heads, bias, generator=generator, dtype=dtype, device=device)
-        self.dropout, self.batch_first, self.generator = dropout, batch_first, generator
+        self.dropout = number(self, "dropout", dropout, 0, 1)
+        self.batch_first, self.generator = batch_first, generator
 
     def forward(
         self,
@@ -217,8 +217,8 @@ class MultiheadAttention(Attention):
         return query.new_zeros(mask.shape).masked_fill_(mask, -math.inf) if mask.dtype is torch.bool else mask
 
     def _check(self, query: Tensor, key: Tensor, value: Tensor) -> None:
-        for x in (query, key, value):
-            self.check_input(x, self.in_proj_weight.dtype)
+        for name, x in (("query", query), ("key", key), ("value", value)):
+            self.check_input(x, self.in_proj_weight.dtype, name)
         D, N = self.embed_dim, 0 if self.batch_first else 1
         fits = query.dim() in (2, 3) and query.dim() == key.dim() and query.shape[-1] == key.shape[-1] == D
         if not fits or key.shape != value.shape or (query.dim() == 3 and query.shape[N] != key.shape[N]):
@@ -256,8 +256,8 @@ class SelfAttention(Attention):
         self,
         embed_dim: int,
         num_heads: int,
-        bias: bool = True,
         *,
+        bias: bool = True,
         causal: bool = False,
         generator: torch.Generator | None = None,
         dtype: torch.dtype | None = None,

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import batch_norm
 
-from handgrad.errors import ArgumentError, ShapeError
+from handgrad.arguments import integer, number, refused
+from handgrad.errors import ShapeError
 from handgrad.layer import Layer, buffer, parameter
 from handgrad.pieces import blockwise
 
@@ -58,12 +59,13 @@ class BatchNorm(Layer):
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> None:
-        if num_features < 1:
-            raise ArgumentError(f"{type(self).__name__}: num_features must be at least 1, got {num_features}")
-        self.num_features, self.eps, self.momentum = num_features, eps, momentum
+        self.num_features, self.eps = integer(self, "num_features", num_features), number(self, "eps", eps)
+        if self.eps <= 0:
+            raise refused(self, f"eps must be above 0, got {eps!r}")
+        self.momentum = None if momentum is None else number(self, "momentum", momentum, 0, 1)
         self.affine, self.track_running_stats = affine, track_running_stats
         self.unbiased, self.channels_last = unbiased, channels_last
-        ones = torch.ones(num_features, dtype=dtype, device=device)
+        ones = torch.ones(self.num_features, dtype=dtype, device=device)
         self.weight, self.bias = (ones, torch.zeros_like(ones)) if affine else (None, None)
         self.running_mean = self.running_var = self.num_batches_tracked = None
         if track_running_stats:

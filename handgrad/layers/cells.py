@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from handgrad.arguments import integer
 from handgrad.errors import ArgumentError, ShapeError
 from handgrad.layer import Layer, parameter
 from handgrad.layers.linear import rows
@@ -38,7 +39,8 @@ class Cell(Layer):
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> None:
-        self.input_size, self.hidden_size, self.bias = input_size, hidden_size, bias
+        self.input_size = integer(self, "input_size", input_size)
+        self.hidden_size, self.bias = integer(self, "hidden_size", hidden_size), bias
         self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh = recurrent_parameters(
             self, self.gates, generator=generator, dtype=dtype, device=device
         )
@@ -249,8 +251,6 @@ def recurrent_parameters(
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """The two weights and the two biases of a recurrent layer, drawn uniformly within 1/sqrt(H)."""
     D, H = layer.input_size, layer.hidden_size
-    if D < 1 or H < 1:
-        raise ArgumentError(f"{type(layer).__name__}: sizes must be at least 1, got {D} -> {H}")
 
     def draw(*shape: int) -> Tensor:
         bound = 1 / math.sqrt(H)
@@ -272,7 +272,7 @@ def started(layer: Layer, x: Tensor, wanted: tuple[int, ...], state: dict[str, T
     for name, t in state.items():
         if t is None:
             t = x.new_zeros(wanted)
-        layer.check_input(t, x.dtype)
+        layer.check_input(t, x.dtype, name)
         if tuple(t.shape) != wanted:
             problem = f"{name} must have shape {wanted} for x of shape {tuple(x.shape)}, got {tuple(t.shape)}"
             raise layer.error(ShapeError, "forward", problem)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from handgrad.errors import ArgumentError
+from handgrad.arguments import number
 from handgrad.layer import Layer
 
 
@@ -38,9 +38,7 @@ class Dropout(Layer):
     shown = ("p",)
 
     def __init__(self, p: float = 0.5, *, generator: torch.Generator | None = None) -> None:
-        if not 0 <= p <= 1:
-            raise ArgumentError(f"Dropout: p must be in 0..1, got {p}")
-        self.p, self.generator = p, generator
+        self.p, self.generator = number(self, "p", p, 0, 1), generator
 
     def forward(self, x: Tensor) -> Tensor:
         self.check_input(x)

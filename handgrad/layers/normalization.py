@@ -8,7 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from handgrad.errors import ArgumentError, ShapeError
+from handgrad.arguments import integer, integers, number, refused
+from handgrad.errors import ShapeError
 from handgrad.layer import Layer, parameter
 from handgrad.pieces import blockwise
 
@@ -52,7 +53,8 @@ class LayerNorm(Layer):
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> None:
-        self.normalized_shape, self.eps = _shape("LayerNorm", normalized_shape), eps
+        self.normalized_shape = integers(self, "normalized_shape", normalized_shape, None)
+        self.eps = number(self, "eps", eps, 0)
         self.elementwise_affine = elementwise_affine
         ones = torch.ones(self.normalized_shape, dtype=dtype, device=device)
         self.weight = ones if elementwise_affine else None
@@ -119,7 +121,8 @@ class RMSNorm(Layer):
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> None:
-        self.normalized_shape, self.eps = _shape("RMSNorm", normalized_shape), eps
+        self.normalized_shape = integers(self, "normalized_shape", normalized_shape, None)
+        self.eps = None if eps is None else number(self, "eps", eps, 0)
         self.elementwise_affine = elementwise_affine
         self.weight = torch.ones(self.normalized_shape, dtype=dtype, device=device) if elementwise_affine else None
 
@@ -185,11 +188,12 @@ class GroupNorm(Layer):
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> None:
-        if num_groups < 1 or num_channels < 1 or num_channels % num_groups:
-            problem = f"num_groups must divide num_channels, got {num_groups} and {num_channels}"
-            raise ArgumentError(f"GroupNorm: {problem}")
-        self.num_groups, self.num_channels, self.eps, self.affine = num_groups, num_channels, eps, affine
-        ones = torch.ones(num_channels, dtype=dtype, device=device)
+        self.num_groups = integer(self, "num_groups", num_groups)
+        self.num_channels = integer(self, "num_channels", num_channels)
+        if self.num_channels % self.num_groups:
+            raise refused(self, f"num_groups must divide num_channels, got {num_groups} and {num_channels}")
+        self.eps, self.affine = number(self, "eps", eps, 0), affine
+        ones = torch.ones(self.num_channels, dtype=dtype, device=device)
         self.weight, self.bias = (ones, torch.zeros_like(ones)) if affine else (None, None)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -232,13 +236,6 @@ class GroupNorm(Layer):
         if x.numel() == self.num_groups:
             problem = f"the variance of a group needs more than one value, got shape {tuple(x.shape)}"
             raise self.error(ShapeError, "forward", problem)
-
-
-def _shape(kind: str, normalized_shape: int | Sequence[int]) -> tuple[int, ...]:
-    shape = (normalized_shape,) if isinstance(normalized_shape, int) else tuple(normalized_shape)
-    if not shape or min(shape) < 1:
-        raise ArgumentError(f"{kind}: normalized_shape must be one or more sizes of at least 1, got {normalized_shape}")
-    return shape
 
 
 def _check(layer: Layer, x: Tensor, shape: tuple[int, ...], weight: Tensor | None) -> None:

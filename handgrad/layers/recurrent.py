@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from handgrad.arguments import integer
 from handgrad.errors import ArgumentError, ShapeError
 from handgrad.layer import Layer, parameter
 from handgrad.layers.cells import check_nonlinearity, pair, recurrent_parameters, started
@@ -50,9 +51,8 @@ class Unroll(Layer):
     def __init__(self, cell: Layer, dim: int = 1, *, steps: int | None = None, return_state: bool = False) -> None:
         if not isinstance(cell, Layer):
             raise ArgumentError(f"Unroll: cell must be a Layer, got {type(cell).__name__}")
-        if steps is not None and steps < 1:
-            raise ArgumentError(f"Unroll: steps must be at least 1, got {steps}")
-        self.cell, self.dim, self.steps, self.return_state = cell, dim, steps, return_state
+        self.cell, self.dim, self.return_state = cell, integer(self, "dim", dim, None), return_state
+        self.steps = None if steps is None else integer(self, "steps", steps)
 
     def forward(self, x: Tensor, state: Any = None) -> Any:
         if not isinstance(x, Tensor) or not -x.dim() <= self.dim < x.dim() or x.shape[self.dim] == 0:
@@ -128,7 +128,8 @@ class Recurrent(Layer):
                 f"Concat({kind}(...), Sequential(flip, {kind}(...), flip), dim=-1), flip a layer that turns time round"
             )
             raise ArgumentError(f"{kind}: one direction is what it has; compose two: {how}")
-        self.input_size, self.hidden_size, self.bias = input_size, hidden_size, bias
+        self.input_size = integer(self, "input_size", input_size)
+        self.hidden_size, self.bias = integer(self, "hidden_size", hidden_size), bias
         self.batch_first, self.return_state = batch_first, return_state
         self.weight_ih_l0, self.weight_hh_l0, self.bias_ih_l0, self.bias_hh_l0 = recurrent_parameters(
             self, self.gates, generator=generator, dtype=dtype, device=device

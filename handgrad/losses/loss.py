@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from handgrad.errors import ArgumentError, DtypeError, IndexRangeError, ShapeError
+from handgrad.arguments import floating, integer, number, refused
+from handgrad.errors import DtypeError, IndexRangeError, ShapeError
 from handgrad.layer import Layer, Spec, buffer
 
 REDUCTIONS = ("mean", "sum", "none")
@@ -46,9 +47,9 @@ class Loss(Layer):
     hands_on = True  # a dout of None stands for 1
     reduction: str = "mean"
 
-    def __init__(self, reduction: str = "mean") -> None:
+    def __init__(self, *, reduction: str = "mean") -> None:
         if reduction not in REDUCTIONS:
-            raise ArgumentError(f"{type(self).__name__}: reduction must be one of {REDUCTIONS}, got {reduction!r}")
+            raise refused(self, f"reduction must be one of {REDUCTIONS}, got {reduction!r}")
         self.reduction = reduction
 
     def reduce(self, losses: Tensor) -> Tensor:
@@ -92,17 +93,17 @@ class ClassLoss(Loss):
     def __init__(
         self,
         weight: Tensor | None = None,
+        *,
         ignore_index: int = -100,
         label_smoothing: float = 0.0,
         reduction: str = "mean",
     ) -> None:
-        super().__init__(reduction)
-        kind = type(self).__name__
-        if not 0 <= label_smoothing <= 1:
-            raise ArgumentError(f"{kind}: label_smoothing must be in 0..1, got {label_smoothing}")
+        super().__init__(reduction=reduction)
+        self.weight = floating(self, "weight", weight)
         if weight is not None and weight.dim() != 1:
-            raise ArgumentError(f"{kind}: weight must be (C,), one per class, got shape {tuple(weight.shape)}")
-        self.weight, self.ignore_index, self.label_smoothing = weight, ignore_index, label_smoothing
+            raise refused(self, f"weight must be (C,), one per class, got shape {tuple(weight.shape)}")
+        self.ignore_index = integer(self, "ignore_index", ignore_index, None)
+        self.label_smoothing = number(self, "label_smoothing", label_smoothing, 0, 1)
 
     def check_target(self, target: Tensor) -> None:
         """Raise unless the target is a tensor of class indices."""

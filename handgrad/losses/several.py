@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from handgrad.arguments import number
 from handgrad.errors import ArgumentError, ShapeError
 from handgrad.layer import Layer
 from handgrad.layers.containers import total
@@ -44,7 +45,7 @@ class Losses(Loss):
             came = f"{len(losses)} losses" + ("" if weights is None else f" and {len(weights)} weights")
             raise ArgumentError(f"Losses: one or more losses are needed, and one weight per loss if any; got {came}")
         self.losses = list(losses)
-        self.weights = tuple(weights) if weights is not None else (1.0,) * len(losses)
+        self.weights = tuple([number(self, "each of weights", w) for w in weights or (1.0,) * len(losses)])
 
     def forward(self, x: tuple[Any, ...], target: tuple[Any, ...]) -> Tensor:
         for name, value in (("x", x), ("target", target)):

@@ -21,7 +21,7 @@ def test_errors_and_repr():
         ShapeError, match=r"more than one value per channel, got shape \(1, 5, 1, 1\); evaluate a single"
     ):
         BatchNorm2d(5)(torch.zeros(1, 5, 1, 1))
-    with pytest.raises(ArgumentError, match="BatchNorm2d: num_features must be at least 1, got 0"):
+    with pytest.raises(ArgumentError, match="BatchNorm2d: num_features must be an int of at least 1, got 0"):
         BatchNorm2d(0)
     assert repr(BatchNorm2d(5, 0.1, None, False)) == "BatchNorm2d(5, eps=0.1, momentum=None, affine=False)"
     assert (
