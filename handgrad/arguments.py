@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from numbers import Real
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from handgrad.errors import ArgumentError, DtypeError
@@ -22,7 +21,8 @@ def refused(layer: Any, problem: str) -> ArgumentError:
 def integer(layer: Any, name: str, value: Any, least: int | None = 1) -> int:
     """The value as an int, by default a size: at least 1. Any integer type will do, numpy's too, but no bool.
 
-    >>> integer(torch.nn.Linear(1, 1), "in_features", 5.0)
+    >>> from handgrad import Linear
+    >>> Linear(5.0, 2)
     Traceback (most recent call last):
     handgrad.errors.ArgumentError: Linear: in_features must be an int of at least 1, got 5.0
     """

@@ -15,6 +15,7 @@ from handgrad.errors import DtypeError, ShapeError
 from handgrad.layer import Layer, parameter
 from handgrad.layers.dropout import drawn_mask
 from handgrad.layers.linear import Linear, rows
+from handgrad.pieces import in_float32
 
 
 class Attention(Layer):
@@ -73,22 +74,23 @@ class Attention(Layer):
     def attend(self, inputs: tuple[Tensor, ...], mask: Tensor | None = None, nothing: Tensor | None = None) -> Tensor:
         """The output for (query, key, value), or for one tensor that is all three.
 
-        `mask` is added to s, `nothing` says which queries may read nothing; both broadcast to (N heads, T, S).
+        `mask` is added to s, or of bools and True for what may not be read; `nothing` says which queries may read
+        nothing. Both broadcast to (N heads, T, S).
         """
         xs, n = [self._by_batch(x) for x in inputs], len(inputs)
         heads: list[Tensor] = []
         for x, W, b in zip(xs, _cut(self.in_proj_weight, n), _cut(self.in_proj_bias, n)):
             heads += self._split(linear(x, W, b), 3 // n)
-        q, k, v = heads
+        q, k, v = map(in_float32, heads)  # as torch's own kernels compute s and p
         q = q / math.sqrt(q.shape[-1])
         s = q.bmm(k.mT)
         if mask is not None:
-            s += mask
+            s = s.masked_fill_(mask, -math.inf) if mask.dtype is torch.bool else s.add_(mask)
         p = torch.softmax(s, -1)
         if nothing is not None:
             p.masked_fill_(nothing, 0)
         a = p * drawn_mask(p, self.dropout, self.generator) if self.dropout > 0 and self.training else p
-        y = self._merge(a.bmm(v)).view_as(xs[0])
+        y = self._merge(a.bmm(v)).view_as(xs[0]).to(xs[0].dtype)
         out: Tensor = self._by_batch(self.out_proj.forward_at("out_proj", y))
         self.push(q, k, v, p, a, self.in_proj_weight, *xs, out=out)
         return out
@@ -96,6 +98,7 @@ class Attention(Layer):
     def backward(self, dout: Tensor, need_dx: bool = True) -> Any:
         q, k, v, p, a, in_proj_weight, *xs = self.pop(dout)
         (dy,) = self._split(self.out_proj.backward_at("out_proj", self._by_batch(dout)), 1)
+        dy = in_float32(dy)
         # y = a v
         dv = a.mT.bmm(dy)
         da = dy.bmm(v.mT)
@@ -110,7 +113,7 @@ class Attention(Layer):
         dxs: list[Tensor | None] = []
         parts = [(dq, dk, dv)] if len(xs) == 1 else [(dq,), (dk,), (dv,)]
         for x, dqkv, W in zip(xs, parts, _cut(in_proj_weight, len(xs))):
-            d = self._merge(*dqkv)  # (N T, D), or (N T, 3 D)
+            d = self._merge(*dqkv).to(x.dtype)  # (N T, D), or (N T, 3 D)
             dweights.append(d.t() @ rows(x))
             dbiases.append(d.sum(0))
             dxs.append(self._by_batch((d @ W).view_as(x)) if need_dx or dxs else None)
@@ -272,7 +275,8 @@ class SelfAttention(Attention):
             problem = f"x must be (..., T, {self.embed_dim}), got shape {tuple(x.shape)}"
             raise self.error(ShapeError, "forward", problem)
         T = x.shape[-2]
-        return self.attend((x,), x.new_full((T, T), -math.inf).triu(1) if self.causal else None)
+        later = x.new_ones((T, T), dtype=torch.bool).triu_(1) if self.causal else None
+        return self.attend((x,), later)
 
 
 def _cut(rows: Any, n: int) -> Sequence[Any]:

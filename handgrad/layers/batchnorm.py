@@ -12,7 +12,7 @@ from torch.nn.functional import batch_norm
 from handgrad.arguments import integer, number, refused
 from handgrad.errors import ShapeError
 from handgrad.layer import Layer, buffer, parameter
-from handgrad.pieces import blockwise
+from handgrad.pieces import blockwise, in_float32
 
 
 class BatchNorm(Layer):
@@ -93,6 +93,8 @@ class BatchNorm(Layer):
                 out, mean, rstd = self._normalize(rows, m / n)
             else:  # nothing to normalise, and nothing learnt of the data
                 out, mean, rstd = x.clone(), x.new_zeros(C), x.new_ones(C)
+                if self.training and self.num_batches_tracked is not None:
+                    self.num_batches_tracked.add_(1)
         else:
             mean, rstd = self.running_mean.clone(), (self.running_var + self.eps).rsqrt_()  # what the record keeps
             out = batch_norm(rows, mean, self.running_var, self.weight, self.bias, eps=self.eps)
@@ -117,8 +119,8 @@ class BatchNorm(Layer):
         # out = diff scale + bias,  scale = rstd weight
         _, dbias, dscale = blockwise(sums, dout, x)
         dweight = rstd * dscale
-        self.add_grad(weight, dweight)
-        self.add_grad(self.bias, dbias)
+        self.add_grad(weight, dweight.to(x.dtype))
+        self.add_grad(self.bias, dbias.to(x.dtype))
         if not need_dx:
             return None
         scale = column(rstd if weight is None else rstd * weight)
@@ -152,7 +154,7 @@ class BatchNorm(Layer):
         momentum = 1.0 if factor is None else factor
         out, batch_mean, rstd = torch.native_batch_norm(x, weight, self.bias, mean, var, True, momentum, k * self.eps)
         if factor is None and mean is not None and self.num_batches_tracked is not None:
-            share = 1 / self.num_batches_tracked.to(x.dtype)
+            share = (1 / self.num_batches_tracked.to(in_float32(mean).dtype)).to(mean.dtype)
             for running, own in ((self.running_mean, mean), (self.running_var, var)):
                 if running is not None and own is not None:
                     running.lerp_(own, share)

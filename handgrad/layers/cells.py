@@ -59,7 +59,7 @@ class RNNCell(Cell):
 
     Forward:   a = x @ weight_ih.T + bias_ih,  b = h @ weight_hh.T + bias_hh,  out = tanh(a + b), or relu(a + b)
     Shapes:    x (..., D); h, out (..., H); weight_ih (H, D); weight_hh (H, H); bias_ih, bias_hh (H,)
-    Backward:  da = db = dout (1 - out^2), or dout sign(out) for relu; with n over the leading dimensions,
+    Backward:  da = db = dout (1 - out^2), or for relu dout where out > 0, else 0; with n over the leading dimensions,
                dx = da @ weight_ih,  dweight_ih = sum_n da[n] x[n]^T,  dbias_ih = sum_n da[n],
                dh = db @ weight_hh,  dweight_hh = sum_n db[n] h[n]^T,  dbias_hh = sum_n db[n]
     Recorded:  x, h, out, weight_ih, weight_hh
@@ -102,7 +102,7 @@ class RNNCell(Cell):
     def backward(self, dout: Tensor, need_dx: bool = True) -> Any:
         x, h, out, weight_ih, weight_hh, given = self.pop(dout)
         # out = tanh(a + b), or relu(a + b)
-        da = db = dout * (1 - out * out) if self.nonlinearity == "tanh" else dout * out.sign()
+        da = db = dout * (1 - out * out) if self.nonlinearity == "tanh" else dout.where(out > 0, 0)
         # a = x @ weight_ih.T + bias_ih
         dx = da @ weight_ih if need_dx else None
         self.add_grad(weight_ih, rows(da).t() @ rows(x))

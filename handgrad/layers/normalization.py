@@ -11,7 +11,7 @@ from torch import Tensor
 from handgrad.arguments import integer, integers, number, refused
 from handgrad.errors import ShapeError
 from handgrad.layer import Layer, parameter
-from handgrad.pieces import blockwise
+from handgrad.pieces import blockwise, in_float32
 
 
 class LayerNorm(Layer):
@@ -84,9 +84,9 @@ class LayerNorm(Layer):
             formula, dout.reshape(-1, n), x.reshape(-1, n), mean.reshape(-1, 1), rstd.reshape(-1, 1)
         )
         if weight is not None:
-            self.add_grad(weight, dweight.view_as(weight))
+            self.add_grad(weight, dweight.view_as(weight).to(weight.dtype))
         if self.bias is not None:
-            self.add_grad(self.bias, dbias.view_as(self.bias))
+            self.add_grad(self.bias, dbias.view_as(self.bias).to(self.bias.dtype))
         return dx.view_as(x)
 
 
@@ -94,7 +94,8 @@ class RMSNorm(Layer):
     """Divide the last dimensions of each sample by their root mean square, then scale them elementwise.
 
     Forward:   xhat = x rstd,  rstd = 1/sqrt(mean(x^2) + eps),  out = xhat weight
-               with the mean over the dimensions of normalized_shape; eps=None stands for the precision of x's dtype
+               with the mean over the dimensions of normalized_shape; eps=None stands for the precision of x's dtype,
+               for half precision that of float32
     Shapes:    x (..., *normalized_shape); weight normalized_shape; out like x
     Backward:  dweight = sum dout xhat over the leading dimensions;  dxhat = dout weight.
                x also acts through rstd; with `avg` the mean over a sample's n values, d rstd / dx = -rstd^3 x/n, hence
@@ -129,9 +130,11 @@ class RMSNorm(Layer):
     def forward(self, x: Tensor) -> Tensor:
         _check(self, x, self.normalized_shape, self.weight)
         dims = tuple(range(-len(self.normalized_shape), 0))
-        eps = torch.finfo(x.dtype).eps if self.eps is None else self.eps
-        rstd = ((x * x).mean(dims, keepdim=True) + eps).rsqrt()  # one per sample
-        out = x * rstd if self.weight is None else x * rstd * self.weight
+        wide = in_float32(x)
+        eps = torch.finfo(wide.dtype).eps if self.eps is None else self.eps
+        rstd = ((wide * wide).mean(dims, keepdim=True) + eps).rsqrt()  # one per sample
+        xhat = wide * rstd
+        out = (xhat if self.weight is None else xhat * self.weight).to(x.dtype)
         self.push(x, rstd, self.weight, out=out)
         return out
 
@@ -150,7 +153,7 @@ class RMSNorm(Layer):
 
         dx, dweight = blockwise(formula, dout.reshape(-1, n), x.reshape(-1, n), rstd.reshape(-1, 1))  # a row per sample
         if weight is not None:
-            self.add_grad(weight, dweight.view_as(weight))
+            self.add_grad(weight, dweight.view_as(weight).to(weight.dtype))
         return dx.view_as(x)
 
 
@@ -224,8 +227,8 @@ class GroupNorm(Layer):
             formula, dout.reshape(by_group), x.reshape(by_group), mean[..., None, None], rstd[..., None, None]
         )
         if weight is not None:
-            self.add_grad(weight, dweight.view_as(weight))
-            self.add_grad(self.bias, dbias.view_as(weight))
+            self.add_grad(weight, dweight.view_as(weight).to(weight.dtype))
+            self.add_grad(self.bias, dbias.view_as(weight).to(weight.dtype))
         return dx.view_as(x)
 
     def _check(self, x: Tensor) -> None:

@@ -170,7 +170,7 @@ class RNN(Recurrent):
                weight_ih_l0 (H, D); weight_hh_l0 (H, H); bias_ih_l0, bias_hh_l0 (H,)
     Backward:  h_{t+1} acts through out_t and through step t + 1. From the last step to the first,
                dh_{t+1} = dout_t + db_{t+1} @ weight_hh_l0, with dh_T = dout_{T-1} + the dstate given, if any,
-               da_t = db_t = dh_{t+1} s_t,  s = 1 - out^2, or sign(out) for relu;  and with sums over all t and n
+               da_t = db_t = dh_{t+1} s_t,  s = 1 - out^2, or [out > 0] for relu;  and with sums over all t and n
                dx = da @ weight_ih_l0,  dweight_ih_l0 = sum da x^T,  dbias_ih_l0 = sum da,
                dh_0 = db_0 @ weight_hh_l0,  dweight_hh_l0 = sum db h^T,  dbias_hh_l0 = sum db
     Recorded:  x, h of all steps, weight_ih_l0, weight_hh_l0
@@ -216,10 +216,12 @@ class RNN(Recurrent):
         x, h, weight_ih, weight_hh, given, returned = self.pop(dout)
         dout, dh = dout if returned else (dout, 0)
         # h_{t+1} = tanh(a_t + b_t), or relu
-        s = 1 - h[1:] * h[1:] if self.nonlinearity == "tanh" else h[1:].sign()
+        tanh = self.nonlinearity == "tanh"
+        s = 1 - h[1:] * h[1:] if tanh else h[1:] > 0
         das = []
         for dout_t, s_t in zip(reversed(self.by_step(dout).unbind()), reversed(s.unbind())):
-            das.append((dout_t + dh) * s_t)
+            dh = dout_t + dh
+            das.append(dh * s_t if tanh else dh.where(s_t, 0))
             dh = das[-1] @ weight_hh
         da = torch.stack(das[::-1])
         self.add_grads(x, h[:-1], da, da)
