@@ -20,12 +20,14 @@ from torch import Tensor, is_grad_enabled
 from torch.compiler import is_compiling
 
 from handgrad.errors import DtypeError, HandgradError, ShapeError, StateDictError, StateError
+from handgrad.pieces import HALF
 from handgrad.records import Records, records_of
 from handgrad.summary import Summary, summarize
 from handgrad.tracked import refuse_tracked
 
 L = TypeVar("L", bound="Layer")
 T = TypeVar("T")
+_is_any_autocast_enabled = torch._C._is_any_autocast_enabled  # of all devices, for the public one costs more for each
 MANY = float("inf")  # inputs: as many as a forward of *inputs is given
 
 
@@ -262,6 +264,8 @@ class Layer:
         kept, not copied: changed in place before the backward, it makes that backward a StateError. Save a parameter
         that backward reads, too.
         """
+        if _is_any_autocast_enabled():
+            self._refuse_autocast("forward")
         for watcher in self._watchers:
             watcher.saw_out(self, out)
         if not is_grad_enabled():
@@ -309,22 +313,38 @@ class Layer:
         return saved
 
     def add_grad(self, param: Tensor | None, grad: Tensor) -> None:
-        """Add `grad`, which must have param's shape and dtype and share memory with nothing, to `param.grad`."""
+        """Add `grad`, which must have param's shape and dtype and share memory with nothing, to `param.grad`.
+
+        Of a parameter in half precision it may also be in float32, and is rounded.
+        """
         if param is None or getattr(param, "frozen", False):
             return
         if grad.shape != param.shape or grad.dtype is not param.dtype:
-            raise self.error(
-                ShapeError if grad.shape != param.shape else DtypeError,
-                "backward",
-                f"the gradient of {self._name_of(param)} must be {tuple(param.shape)} {param.dtype} like the "
-                f"parameter, got {tuple(grad.shape)} {grad.dtype}",
-            )
+            grad = self._fitting(param, grad)
         for watcher in self._watchers:
             watcher.saw_grad(self, param, grad)
         if param.grad is None:
             param.grad = grad
         else:
             param.grad.add_(grad)
+
+    def _fitting(self, param: Tensor, grad: Tensor) -> Tensor:
+        """The gradient in the parameter's dtype, where it is float32 for half precision; else an error."""
+        if grad.shape == param.shape and grad.dtype is torch.float32 and param.dtype in HALF:
+            return grad.to(param.dtype)
+        self._refuse_autocast("backward")
+        raise self.error(
+            ShapeError if grad.shape != param.shape else DtypeError,
+            "backward",
+            f"the gradient of {self._name_of(param)} must be {tuple(param.shape)} {param.dtype} like the "
+            f"parameter, got {tuple(grad.shape)} {grad.dtype}",
+        )
+
+    def _refuse_autocast(self, where: str) -> None:
+        """Raise under torch.autocast, where an operation gives another dtype than its inputs have."""
+        if _is_any_autocast_enabled():
+            problem = "torch.autocast must be off, for a layer computes in the dtype of its parameters; leave it, and "
+            raise self.error(DtypeError, where, problem + "convert model and inputs by .to(torch.bfloat16)")
 
     # ------------------------------------------------------------------ records
 
@@ -361,6 +381,7 @@ class Layer:
             layer._records.clear()
 
     def _check_dout(self, dout: Any, spec: Spec) -> None:
+        self._refuse_autocast("backward")
         if dout is None and (self.hands_on or not _is_floating(spec)):
             return  # nobody used this output, or it has no gradient
         if isinstance(spec, list):

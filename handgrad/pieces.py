@@ -22,7 +22,7 @@ R = TypeVar("R")  # rows, or (rows, sums, ...)
 LOG2_E = math.log2(math.e)
 FEW = 1 << 12  # numbers below which a further call costs more than it can save
 WHOLE = 1 << 20  # numbers that are not cut in pieces: up to there the calls cost more than the trips to memory
-HALF = (torch.float16, torch.bfloat16)
+HALF = frozenset((torch.float16, torch.bfloat16))
 PIECE = 1 << 17  # numbers in a piece: 512 KB of float32, so that three pieces are within a core's own cache
 
 
@@ -63,7 +63,7 @@ def blockwise(formula: Callable[..., R], *tensors: Tensor) -> R:
     first = tensors[0]
     count = first.numel()
     if count <= WHOLE or is_compiling():
-        return precise(formula, *tensors)
+        return formula(*tensors) if first.dtype not in HALF else precise(formula, *tensors)
     length = len(first)
     step = max(1, PIECE * length // count)
     joined: Any = None

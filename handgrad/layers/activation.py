@@ -20,7 +20,7 @@ class Tanh(Layer):
 
     Forward:   out = tanh(x)
     Shapes:    any
-    Backward:  tanh' = 1 - tanh^2, hence dx = dout (1 - out^2)
+    Backward:  tanh' = 1 - tanh^2, hence dx = dout (1 - out^2) = dout - dout out^2, which is NaN where dout is infinite
     Recorded:  out. Changing out in place before the backward is a StateError.
     Raises:    DtypeError; ShapeError and StateError from backward.
 
@@ -42,7 +42,7 @@ class Tanh(Layer):
 
         def formula(dout: Tensor, out: Tensor) -> Tensor:
             # out = tanh(x)
-            return dout * torch.addcmul(out.new_ones(()), out, out, value=-1)  # dout (1 - out^2)
+            return torch.addcmul(dout, dout, out * out, value=-1)  # dout - dout out^2
 
         return blockwise(formula, dout, out)
 

@@ -119,8 +119,8 @@ class BatchNorm(Layer):
         # out = diff scale + bias,  scale = rstd weight
         _, dbias, dscale = blockwise(sums, dout, x)
         dweight = rstd * dscale
-        self.add_grad(weight, dweight.to(x.dtype))
-        self.add_grad(self.bias, dbias.to(x.dtype))
+        self.add_grad(weight, dweight)
+        self.add_grad(self.bias, dbias)
         if not need_dx:
             return None
         scale = column(rstd if weight is None else rstd * weight)

@@ -84,9 +84,9 @@ class LayerNorm(Layer):
             formula, dout.reshape(-1, n), x.reshape(-1, n), mean.reshape(-1, 1), rstd.reshape(-1, 1)
         )
         if weight is not None:
-            self.add_grad(weight, dweight.view_as(weight).to(weight.dtype))
+            self.add_grad(weight, dweight.view_as(weight))
         if self.bias is not None:
-            self.add_grad(self.bias, dbias.view_as(self.bias).to(self.bias.dtype))
+            self.add_grad(self.bias, dbias.view_as(self.bias))
         return dx.view_as(x)
 
 
@@ -153,7 +153,7 @@ class RMSNorm(Layer):
 
         dx, dweight = blockwise(formula, dout.reshape(-1, n), x.reshape(-1, n), rstd.reshape(-1, 1))  # a row per sample
         if weight is not None:
-            self.add_grad(weight, dweight.view_as(weight).to(weight.dtype))
+            self.add_grad(weight, dweight.view_as(weight))
         return dx.view_as(x)
 
 
@@ -227,8 +227,8 @@ class GroupNorm(Layer):
             formula, dout.reshape(by_group), x.reshape(by_group), mean[..., None, None], rstd[..., None, None]
         )
         if weight is not None:
-            self.add_grad(weight, dweight.view_as(weight).to(weight.dtype))
-            self.add_grad(self.bias, dbias.view_as(weight).to(weight.dtype))
+            self.add_grad(weight, dweight.view_as(weight))
+            self.add_grad(self.bias, dbias.view_as(weight))
         return dx.view_as(x)
 
     def _check(self, x: Tensor) -> None:

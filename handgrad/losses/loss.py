@@ -78,6 +78,7 @@ class Loss(Layer):
 
     def _check_dout(self, dout: Any, spec: Spec) -> None:
         """Accept None, standing for 1, where the loss is a scalar."""
+        self._refuse_autocast("backward")
         if dout is not None:
             super()._check_dout(dout, spec)
         elif isinstance(spec, tuple) and spec[0]:
