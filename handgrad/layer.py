@@ -248,8 +248,10 @@ class Layer:
     def check_input(self, x: Tensor, dtype: torch.dtype | None = None, name: str = "x") -> None:
         """Raise DtypeError unless x is a tensor of `dtype`, or of any floating dtype where none is given.
 
-        `name` is that of the input, where it is not x.
+        `name` is that of the input, where it is not x. Under torch.autocast any x is refused.
         """
+        if _is_any_autocast_enabled():
+            self._refuse_autocast("forward")
         if not isinstance(x, Tensor):
             raise self.error(DtypeError, "forward", f"{name} must be a torch.Tensor, got {type(x).__name__}")
         if x.dtype is not dtype and (dtype is not None or not x.is_floating_point()):
@@ -264,8 +266,6 @@ class Layer:
         kept, not copied: changed in place before the backward, it makes that backward a StateError. Save a parameter
         that backward reads, too.
         """
-        if _is_any_autocast_enabled():
-            self._refuse_autocast("forward")
         for watcher in self._watchers:
             watcher.saw_out(self, out)
         if not is_grad_enabled():
@@ -317,7 +317,10 @@ class Layer:
 
         Of a parameter in half precision it may also be in float32, and is rounded.
         """
-        if param is None or getattr(param, "frozen", False):
+        if param is None:
+            return
+        if getattr(param, "frozen", False):
+            self._refuse_autocast("backward")
             return
         if grad.shape != param.shape or grad.dtype is not param.dtype:
             grad = self._fitting(param, grad)
@@ -341,7 +344,10 @@ class Layer:
         )
 
     def _refuse_autocast(self, where: str) -> None:
-        """Raise under torch.autocast, where an operation gives another dtype than its inputs have."""
+        """Raise under torch.autocast, where an operation may give another dtype than its inputs have.
+
+        Every forward asks, and a backward where that would show: at a loss, a gradient of another dtype, a frozen one.
+        """
         if _is_any_autocast_enabled():
             problem = "torch.autocast must be off, for a layer computes in the dtype of its parameters; leave it, and "
             raise self.error(DtypeError, where, problem + "convert model and inputs by .to(torch.bfloat16)")

@@ -188,6 +188,7 @@ class AdaptiveAvgPool2d(Layer):
 
     def backward(self, dout: Tensor) -> Tensor:
         (shape,) = self.pop(dout)
+        self._refuse_autocast("backward")  # products without a parameter
         P, Q = (self._shares(shape[dim], dout, dim) for dim in (-2, -1))
         # out = P x Q^T
         return (dout.mT @ P).mT @ Q

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from handgrad.arguments import integer
+from handgrad.arguments import integer, number
 from handgrad.errors import ArgumentError, ShapeError
 from handgrad.layer import Layer, parameter
 from handgrad.layers.cells import check_nonlinearity, pair, recurrent_parameters, started
@@ -120,7 +120,7 @@ class Recurrent(Layer):
         device: torch.device | str | None = None,
     ) -> None:
         kind = type(self).__name__
-        if num_layers != 1 or dropout:
+        if integer(self, "num_layers", num_layers) != 1 or number(self, "dropout", dropout, 0, 1):
             how = f"Sequential({kind}({input_size}, {hidden_size}), Dropout(p), {kind}({hidden_size}, {hidden_size}))"
             raise ArgumentError(f"{kind}: one layer without dropout is what it has; compose several: {how}")
         if bidirectional:

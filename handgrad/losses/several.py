@@ -41,6 +41,8 @@ class Losses(Loss):
             if not isinstance(loss, Loss) or loss.reduction == "none":
                 came = 'reduction="none"' if isinstance(loss, Loss) else type(loss).__name__
                 raise ArgumentError(f"Losses: every argument must be a Loss of one number, got {came} at {i}")
+        if weights is not None and not isinstance(weights, (list, tuple)):
+            raise ArgumentError(f"Losses: weights must be a list or a tuple of numbers, got {weights!r}")
         if not losses or (weights is not None and len(weights) != len(losses)):
             came = f"{len(losses)} losses" + ("" if weights is None else f" and {len(weights)} weights")
             raise ArgumentError(f"Losses: one or more losses are needed, and one weight per loss if any; got {came}")
