@@ -26,9 +26,14 @@ HALF = frozenset((torch.float16, torch.bfloat16))
 PIECE = 1 << 17  # numbers in a piece: 512 KB of float32, so that three pieces are within a core's own cache
 
 
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """What numbers of the dtype are computed in: float32 for half precision, else the dtype itself."""
+    return torch.float32 if dtype in HALF else dtype
+
+
 def in_float32(x: Tensor) -> Tensor:
-    """What x is computed in: float32 for half precision, x itself otherwise."""
-    return x.float() if x.dtype in HALF else x
+    """An x of half precision in float32, any other as it is."""
+    return x.to(wide(x.dtype))
 
 
 def precise(formula: Callable[..., R], *tensors: Tensor) -> R:

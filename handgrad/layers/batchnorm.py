@@ -12,7 +12,7 @@ from torch.nn.functional import batch_norm
 from handgrad.arguments import integer, number, refused
 from handgrad.errors import ShapeError
 from handgrad.layer import Layer, buffer, parameter
-from handgrad.pieces import blockwise, in_float32
+from handgrad.pieces import blockwise, wide
 
 
 class BatchNorm(Layer):
@@ -89,12 +89,12 @@ class BatchNorm(Layer):
                 problem = f"the variance of a batch needs more than one value per channel, got shape {tuple(shape)}; "
                 raise self.error(ShapeError, "forward", problem + "evaluate a single row under eval()")
             m = n - 1 if self.unbiased and n > 0 else n
+            if self.training and self.num_batches_tracked is not None:
+                self.num_batches_tracked.add_(1)  # also for a batch of nothing, as torch does
             if n > 0:
                 out, mean, rstd = self._normalize(rows, m / n)
             else:  # nothing to normalise, and nothing learnt of the data
                 out, mean, rstd = x.clone(), x.new_zeros(C), x.new_ones(C)
-                if self.training and self.num_batches_tracked is not None:
-                    self.num_batches_tracked.add_(1)
         else:
             mean, rstd = self.running_mean.clone(), (self.running_var + self.eps).rsqrt_()  # what the record keeps
             out = batch_norm(rows, mean, self.running_var, self.weight, self.bias, eps=self.eps)
@@ -147,14 +147,12 @@ class BatchNorm(Layer):
             weight = (x.new_ones(self.num_features) if weight is None else weight) * math.sqrt(k)
         if not self.training or self.num_batches_tracked is None or mean is None or var is None:
             mean = var = None
-        else:
-            self.num_batches_tracked.add_(1)
-            if factor is None:  # momentum 1 leaves the batch's own in fresh ones
-                mean, var = torch.zeros_like(mean), torch.zeros_like(var)
+        elif factor is None:  # momentum 1 leaves the batch's own in fresh ones
+            mean, var = torch.zeros_like(mean), torch.zeros_like(var)
         momentum = 1.0 if factor is None else factor
         out, batch_mean, rstd = torch.native_batch_norm(x, weight, self.bias, mean, var, True, momentum, k * self.eps)
         if factor is None and mean is not None and self.num_batches_tracked is not None:
-            share = (1 / self.num_batches_tracked.to(in_float32(mean).dtype)).to(mean.dtype)
+            share = (1 / self.num_batches_tracked.to(wide(mean.dtype))).to(mean.dtype)
             for running, own in ((self.running_mean, mean), (self.running_var, var)):
                 if running is not None and own is not None:
                     running.lerp_(own, share)

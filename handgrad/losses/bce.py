@@ -61,7 +61,7 @@ class BCEWithLogits(Loss):
         if weight is not None:
             dlosses = dlosses * weight
         dx: Tensor = torch.sigmoid(x) - target if a is None else (1 - target) - a * torch.sigmoid(-x)
-        return dlosses * dx
+        return (dlosses * dx).to(x.dtype)
 
     def _slope(self, target: Tensor) -> Tensor | None:
         return None if self.pos_weight is None else 1 + (self.pos_weight - 1) * target

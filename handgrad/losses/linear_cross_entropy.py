@@ -107,7 +107,7 @@ class LinearCrossEntropy(ClassLoss):
         x, y, used, top, log, _, W, bias = self.pop(dout)
         xs = rows(x)
         dlosses = self.row_dlosses(None if dout is None else dout.reshape(-1), x, y, used)
-        dlosses = dlosses.expand(len(y)).unsqueeze(1)  # (N, 1)
+        dlosses = dlosses.to(x.dtype).expand(len(y)).unsqueeze(1)  # (N, 1)
         q_y, q_all, sum_q = self._q(y)
         at_y, everywhere = -dlosses * q_y, dlosses * sum_q
         dx, dweight = torch.empty_like(xs), torch.zeros_like(W)

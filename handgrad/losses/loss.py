@@ -11,6 +11,7 @@ from torch.compiler import is_compiling
 from handgrad.arguments import floating, integer, number, refused
 from handgrad.errors import DtypeError, IndexRangeError, ShapeError
 from handgrad.layer import Layer, Spec, buffer
+from handgrad.pieces import in_float32, wide
 
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -57,14 +58,15 @@ class Loss(Layer):
         return losses if self.reduction == "none" else losses.sum() if self.reduction == "sum" else losses.mean()
 
     def dlosses(self, dout: Tensor | None, x: Tensor, count: int | Tensor) -> Tensor:
-        """The gradient of each element's loss, in x's dtype: like dout, or () where it is 1.
+        """The gradient of each element's loss: like dout, or () where it is 1.
 
-        It is dout, or dout/count for the mean, which is that of `count` elements (a number, or a tensor like x).
+        It is dout, or dout/count for the mean, which is that of `count` elements (a number, or a tensor like x). It has
+        x's dtype, but float32 for half precision, where 1/count may be too small.
         """
         share = 1 / count if self.reduction == "mean" else 1.0
         if dout is not None:
-            return dout * share
-        return share if isinstance(share, Tensor) else x.new_full((), share)
+            return in_float32(dout) * share
+        return share if isinstance(share, Tensor) else x.new_full((), share, dtype=wide(x.dtype))
 
     def check_like(self, x: Tensor, target: Tensor) -> None:
         """Raise unless x is floating and the target has its dtype and shape."""
