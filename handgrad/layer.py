@@ -27,7 +27,7 @@ from handgrad.tracked import refuse_tracked
 
 L = TypeVar("L", bound="Layer")
 T = TypeVar("T")
-_is_any_autocast_enabled = torch._C._is_any_autocast_enabled  # of all devices, for the public one costs more for each
+_is_any_autocast_enabled = torch._C._is_any_autocast_enabled  # of any device; the public one is asked per device
 MANY = float("inf")  # inputs: as many as a forward of *inputs is given
 
 
@@ -346,7 +346,8 @@ class Layer:
     def _refuse_autocast(self, where: str) -> None:
         """Raise under torch.autocast, where an operation may give another dtype than its inputs have.
 
-        Every forward asks, and a backward where that would show: at a loss, a gradient of another dtype, a frozen one.
+        `check_input` asks in every forward; a backward is refused where the dtypes show it, at a loss, and where a
+        parameter is frozen, whose gradient would show it.
         """
         if _is_any_autocast_enabled():
             problem = "torch.autocast must be off, for a layer computes in the dtype of its parameters; leave it, and "

@@ -119,7 +119,7 @@ class LeakyReLU(Layer):
     Shapes:    any
     Backward:  dx = dout where x > 0, else negative_slope dout, at the kink x = 0 too
     Recorded:  x
-    Raises:    DtypeError; ShapeError and StateError from backward.
+    Raises:    ArgumentError; DtypeError; ShapeError and StateError from backward.
 
     >>> layer = LeakyReLU(0.1)
     >>> layer(torch.tensor([-1.0, 0.0, 2.0]))
@@ -246,7 +246,7 @@ class Softmax(Layer):
     Backward:  d out_c / d x_k = out_c ([c = k] - out_k), hence
                dx_k = sum_c dout_c out_c ([c = k] - out_k) = out_k (dout_k - sum_c dout_c out_c)
     Recorded:  out. Changing out in place before the backward is a StateError.
-    Raises:    ShapeError where x does not have the dimension; DtypeError; StateError.
+    Raises:    ArgumentError; ShapeError where x does not have the dimension; DtypeError; StateError.
 
     Where the loss follows directly, CrossEntropy on the logits is shorter and more accurate.
 
@@ -286,7 +286,7 @@ class LogSoftmax(Layer):
     Shapes:    any; out like x
     Backward:  d out_c / d x_k = [c = k] - exp(out_k), hence dx_k = dout_k - exp(out_k) sum_c dout_c
     Recorded:  out. Changing out in place before the backward is a StateError.
-    Raises:    ShapeError where x does not have the dimension; DtypeError; StateError.
+    Raises:    ArgumentError; ShapeError where x does not have the dimension; DtypeError; StateError.
 
     >>> layer = LogSoftmax(dim=-1)
     >>> layer(torch.tensor([0.0, 0.0]))

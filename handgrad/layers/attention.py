@@ -39,7 +39,8 @@ class Attention(Layer):
     Raises:    ArgumentError where num_heads does not divide embed_dim; ShapeError, DtypeError; StateError.
     Source:    Vaswani et al. 2017, arXiv:1706.03762
 
-    Initialisation and keys are those of torch.nn.MultiheadAttention.
+    Initialisation and keys are those of torch.nn.MultiheadAttention. In half precision all between the projections is
+    computed in float32 (and recorded so), as in torch's own kernels.
     """
 
     shown = ("embed_dim",)

@@ -34,7 +34,7 @@ class BatchNorm(Layer):
                dx    = dout scale + dvar 2 diff/m + dmean/n
                      = scale (dout - (dbias + diff rstd dweight n/m)/n)
     Recorded:  x, mean, rstd, weight
-    Raises:    ShapeError, also for a batch of one value per channel in training; DtypeError; StateError.
+    Raises:    ArgumentError; ShapeError, also for a batch of one value per channel in training; DtypeError; StateError.
     Source:    Ioffe and Szegedy 2015, arXiv:1502.03167; the simplified dx in makemore lecture 4, which uses n - 1.
     """
 
@@ -170,7 +170,7 @@ class BatchNorm1d(BatchNorm):
                dbias = sum dout,  dweight = rstd sum dout diff,  and in training, with n values per channel,
                dx = scale (dout - (dbias + diff rstd dweight)/n);  in evaluation dx = scale dout
     Recorded:  x, mean, rstd, weight
-    Raises:    ShapeError, also for a batch of one value per channel in training; DtypeError; StateError.
+    Raises:    ArgumentError; ShapeError, also for a batch of one value per channel in training; DtypeError; StateError.
     Source:    Ioffe and Szegedy 2015, arXiv:1502.03167. With `unbiased`, the form of makemore lecture 4: var and dx
                with n - 1.
 
@@ -196,7 +196,7 @@ class BatchNorm2d(BatchNorm):
                dbias = sum dout,  dweight = rstd sum dout diff,  and in training, with n = N H W,
                dx = scale (dout - (dbias + diff rstd dweight)/n);  in evaluation dx = scale dout
     Recorded:  x, mean, rstd, weight
-    Raises:    ShapeError, also for a batch of one value per channel in training; DtypeError; StateError.
+    Raises:    ArgumentError; ShapeError, also for a batch of one value per channel in training; DtypeError; StateError.
     Source:    as BatchNorm1d
 
     >>> layer = BatchNorm2d(3)

@@ -128,7 +128,7 @@ class GRUCell(Cell):
                dx = da @ weight_ih,         dweight_ih = sum_m da[m] x[m]^T,  dbias_ih = sum_m da[m],
                dh = dout z + db @ weight_hh,  dweight_hh = sum_m db[m] h[m]^T,  dbias_hh = sum_m db[m]
     Recorded:  x, h, r, z, n, bn, weight_ih, weight_hh
-    Raises:    ShapeError, DtypeError; StateError.
+    Raises:    ArgumentError; ShapeError, DtypeError; StateError.
     Source:    Cho et al. 2014, arXiv:1406.1078, in the form of torch.nn.GRUCell: r acts after weight_hh.
 
     Without h the step starts from zeros, and backward returns dx alone.
@@ -194,7 +194,7 @@ class LSTMCell(Cell):
                dx = da @ weight_ih,  dweight_ih = sum_n da[n] x[n]^T,  dbias_ih = sum_n da[n],
                dh = db @ weight_hh,  dweight_hh = sum_n db[n] h[n]^T,  dbias_hh = sum_n db[n]
     Recorded:  x, h, c, i, f, g, o, u, weight_ih, weight_hh
-    Raises:    ShapeError, DtypeError; StateError.
+    Raises:    ArgumentError; ShapeError, DtypeError; StateError.
     Source:    Hochreiter and Schmidhuber 1997; torch.nn.LSTMCell for parameters and initialisation.
 
     Without a state the step starts from zeros, and backward returns dx alone.

@@ -17,7 +17,7 @@ class Flatten(Layer):
     Backward:  every element of x appears once in out, in the same order, hence dx = dout in x's shape.
                dx may share its storage with dout, as out may with x.
     Recorded:  the shape of x
-    Raises:    ShapeError where x does not have the dimensions to join; DtypeError; StateError.
+    Raises:    ArgumentError; ShapeError where x does not have the dimensions to join; DtypeError; StateError.
 
     >>> import torch
     >>> layer = Flatten()

@@ -24,7 +24,7 @@ class Linear(Layer):
                dweight[o, i] = sum_n dout[n, o] x[n, i]
                dbias[o]      = sum_n dout[n, o]
     Recorded:  x, weight
-    Raises:    ShapeError, DtypeError; StateError from a backward without a forward.
+    Raises:    ArgumentError; ShapeError, DtypeError; StateError from a backward without a forward.
 
     By default weight and bias are drawn as torch.nn.Linear draws them, uniformly within 1/sqrt(D_in). With `gain`,
     weight is normal with deviation gain/sqrt(D_in) and bias is zero (He et al. 2015, arXiv:1502.01852; the makemore

@@ -27,7 +27,7 @@ class LayerNorm(Layer):
                dx    = dxhat rstd + dvar 2 (x - mean)/n + dmean/n
                      = rstd (dxhat - avg(dxhat) - xhat avg(dxhat xhat))
     Recorded:  x, mean, rstd, weight
-    Raises:    ShapeError where x does not end in normalized_shape; DtypeError; StateError.
+    Raises:    ArgumentError; ShapeError where x does not end in normalized_shape; DtypeError; StateError.
     Source:    Ba, Kiros and Hinton 2016, arXiv:1607.06450
 
     `bias=False` leaves out the bias alone, `elementwise_affine=False` both parameters.
@@ -101,7 +101,7 @@ class RMSNorm(Layer):
                x also acts through rstd; with `avg` the mean over a sample's n values, d rstd / dx = -rstd^3 x/n, hence
                dx = dxhat rstd + sum(dxhat x) (-rstd^3 x/n) = rstd (dxhat - xhat avg(dxhat xhat))
     Recorded:  x, rstd, weight
-    Raises:    ShapeError where x does not end in normalized_shape; DtypeError; StateError.
+    Raises:    ArgumentError; ShapeError where x does not end in normalized_shape; DtypeError; StateError.
     Source:    Zhang and Sennrich 2019, arXiv:1910.07467
 
     >>> layer = RMSNorm(2)
@@ -130,10 +130,10 @@ class RMSNorm(Layer):
     def forward(self, x: Tensor) -> Tensor:
         _check(self, x, self.normalized_shape, self.weight)
         dims = tuple(range(-len(self.normalized_shape), 0))
-        wide = in_float32(x)
-        eps = torch.finfo(wide.dtype).eps if self.eps is None else self.eps
-        rstd = ((wide * wide).mean(dims, keepdim=True) + eps).rsqrt()  # one per sample
-        xhat = wide * rstd
+        wide_x = in_float32(x)
+        eps = torch.finfo(wide_x.dtype).eps if self.eps is None else self.eps
+        rstd = ((wide_x * wide_x).mean(dims, keepdim=True) + eps).rsqrt()  # one per sample
+        xhat = wide_x * rstd
         out = (xhat if self.weight is None else xhat * self.weight).to(x.dtype)
         self.push(x, rstd, self.weight, out=out)
         return out
