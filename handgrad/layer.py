@@ -20,12 +20,14 @@ from torch import Tensor, is_grad_enabled
 from torch.compiler import is_compiling
 
 from handgrad.errors import DtypeError, HandgradError, ShapeError, StateDictError, StateError
+from handgrad.pieces import HALF
 from handgrad.records import Records, records_of
 from handgrad.summary import Summary, summarize
 from handgrad.tracked import refuse_tracked
 
 L = TypeVar("L", bound="Layer")
 T = TypeVar("T")
+_is_any_autocast_enabled = torch._C._is_any_autocast_enabled  # of any device; the public one is asked per device
 MANY = float("inf")  # inputs: as many as a forward of *inputs is given
 
 
@@ -152,6 +154,11 @@ class Layer:
         cls._arity = arity(cls.forward, given=1) if cls.takes_apart else (1, 1)
 
     def __new__(cls: type[L], *args: Any, **kwargs: Any) -> L:
+        if (args or kwargs) and cls.__init__ is object.__init__:  # which would swallow them
+            raise TypeError(f"{cls.__name__}() takes no arguments")
+        dtype, declared = kwargs.get("dtype"), cls._declared.values()
+        if dtype is not None and any(d.kind == "parameter" for d in declared) and not _is_floating_dtype(dtype):
+            raise DtypeError(f"{cls.__name__}: dtype must be a floating torch.dtype, got {dtype!r}")
         self = super().__new__(cls)
         self._records, self._watchers = [], ()
         self.training = True
@@ -238,15 +245,19 @@ class Layer:
         """Make an error whose text begins with this layer, its sizes and options, and the method it happened in."""
         return kind(f"{self._head()}.{where}: {problem}")
 
-    def check_input(self, x: Tensor, dtype: torch.dtype | None = None) -> None:
-        """Raise DtypeError unless x is a tensor of `dtype`, or of any floating dtype where none is given."""
+    def check_input(self, x: Tensor, dtype: torch.dtype | None = None, name: str = "x") -> None:
+        """Raise DtypeError unless x is a tensor of `dtype`, or of any floating dtype where none is given.
+
+        `name` is that of the input, where it is not x. Under torch.autocast any x is refused.
+        """
+        if _is_any_autocast_enabled():
+            self._refuse_autocast("forward")
         if not isinstance(x, Tensor):
-            raise self.error(DtypeError, "forward", f"x must be a torch.Tensor, got {type(x).__name__}")
+            raise self.error(DtypeError, "forward", f"{name} must be a torch.Tensor, got {type(x).__name__}")
         if x.dtype is not dtype and (dtype is not None or not x.is_floating_point()):
             wanted = "a floating dtype" if dtype is None else f"{dtype}, the dtype of the parameters"
-            raise self.error(
-                DtypeError, "forward", f"x must have {wanted}, got {x.dtype}; convert x or use layer.to(dtype)"
-            )
+            problem = f"{name} must have {wanted}, got {x.dtype}; convert {name} or use layer.to(dtype)"
+            raise self.error(DtypeError, "forward", problem)
 
     def push(self, *saved: Any, out: Any) -> None:
         """Record what the backward of this forward needs; a no-op under `torch.no_grad()`.
@@ -302,22 +313,45 @@ class Layer:
         return saved
 
     def add_grad(self, param: Tensor | None, grad: Tensor) -> None:
-        """Add `grad`, which must have param's shape and dtype and share memory with nothing, to `param.grad`."""
-        if param is None or getattr(param, "frozen", False):
+        """Add `grad`, which must have param's shape and dtype and share memory with nothing, to `param.grad`.
+
+        Of a parameter in half precision it may also be in float32, and is rounded.
+        """
+        if param is None:
+            return
+        if getattr(param, "frozen", False):
+            self._refuse_autocast("backward")
             return
         if grad.shape != param.shape or grad.dtype is not param.dtype:
-            raise self.error(
-                ShapeError if grad.shape != param.shape else DtypeError,
-                "backward",
-                f"the gradient of {self._name_of(param)} must be {tuple(param.shape)} {param.dtype} like the "
-                f"parameter, got {tuple(grad.shape)} {grad.dtype}",
-            )
+            grad = self._fitting(param, grad)
         for watcher in self._watchers:
             watcher.saw_grad(self, param, grad)
         if param.grad is None:
             param.grad = grad
         else:
             param.grad.add_(grad)
+
+    def _fitting(self, param: Tensor, grad: Tensor) -> Tensor:
+        """The gradient in the parameter's dtype, where it is float32 for half precision; else an error."""
+        if grad.shape == param.shape and grad.dtype is torch.float32 and param.dtype in HALF:
+            return grad.to(param.dtype)
+        self._refuse_autocast("backward")
+        raise self.error(
+            ShapeError if grad.shape != param.shape else DtypeError,
+            "backward",
+            f"the gradient of {self._name_of(param)} must be {tuple(param.shape)} {param.dtype} like the "
+            f"parameter, got {tuple(grad.shape)} {grad.dtype}",
+        )
+
+    def _refuse_autocast(self, where: str) -> None:
+        """Raise under torch.autocast, where an operation may give another dtype than its inputs have.
+
+        `check_input` asks in every forward; a backward is refused where the dtypes show it, at a loss, and where a
+        parameter is frozen, whose gradient would show it.
+        """
+        if _is_any_autocast_enabled():
+            problem = "torch.autocast must be off, for a layer computes in the dtype of its parameters; leave it, and "
+            raise self.error(DtypeError, where, problem + "convert model and inputs by .to(torch.bfloat16)")
 
     # ------------------------------------------------------------------ records
 
@@ -354,6 +388,7 @@ class Layer:
             layer._records.clear()
 
     def _check_dout(self, dout: Any, spec: Spec) -> None:
+        self._refuse_autocast("backward")
         if dout is None and (self.hands_on or not _is_floating(spec)):
             return  # nobody used this output, or it has no gradient
         if isinstance(spec, list):
@@ -624,6 +659,10 @@ def held(kind: type[T], name: str, value: Any) -> Iterator[tuple[str, T]]:
 def spec_of(out: Any) -> Spec:
     """What the gradient of a tensor, or of a tuple of them, must be like."""
     return (out.shape, out.dtype, out.device) if isinstance(out, Tensor) else [spec_of(o) for o in out]
+
+
+def _is_floating_dtype(dtype: Any) -> bool:
+    return isinstance(dtype, torch.dtype) and dtype.is_floating_point
 
 
 def _is_floating(spec: Spec) -> bool:

@@ -9,8 +9,9 @@ and is the equal torch.nn.Module, with the same `state_dict` keys. So one text m
 >>> list(model(handgrad, 4).state_dict()) == list(model(twins, 4).state_dict())
 True
 
-Where torch has a further argument in between, those after it are given by name. What handgrad has beside torch and what
-changes no result but the weights that it starts from (`gain`, `generator`) is left out.
+What handgrad has beside torch and what changes no result but the weights that it starts from (`gain`, `generator`) is
+left out. `WITHOUT_ARGUMENT` and `BESIDE_TORCH` say which arguments only one of the two has. The others have torch's
+names and defaults; those that may be given without their names are the first of torch's, in torch's order.
 
 `TWINS` has an ordinary size of each of them. The property tests, the benchmarks and the tests of kernels read it.
 """
@@ -121,7 +122,7 @@ class MultiheadAttention(nn.MultiheadAttention):
 class SelfAttention(nn.MultiheadAttention):
     """torch.nn.MultiheadAttention of x with itself."""
 
-    def __init__(self, embed_dim: int, num_heads: int, bias: bool = True, *, causal: bool = False) -> None:
+    def __init__(self, embed_dim: int, num_heads: int, *, bias: bool = True, causal: bool = False) -> None:
         super().__init__(embed_dim, num_heads, bias=bias, batch_first=True)
         self.causal = causal
 
@@ -419,6 +420,48 @@ WITHOUT_TWIN = {
     "to_torch": "what it makes is a torch module, with the layer inside it",
 }
 """The other public names of layers and bridges, and why they have none."""
+
+
+WITHOUT_ARGUMENT = {
+    "inplace": ("ReLU LeakyReLU SiLU Dropout", "a forward never changes its input"),
+    "bias": ("BatchNorm1d BatchNorm2d GroupNorm", "affine decides on weight and bias together"),
+    "padding_mode": ("Conv1d Conv2d ConvTranspose2d", "the padding is zeros"),
+    "return_indices": ("MaxPool2d", "the output is the maxima alone"),
+    "align_corners": ("Upsample", "it belongs to modes other than nearest"),
+    "recompute_scale_factor": ("Upsample", "give the size instead"),
+    "norm_type": ("Embedding", "it belongs to max_norm, which is refused"),
+    "scale_grad_by_freq": ("Embedding", "the gradient is the sum"),
+    "sparse": ("Embedding", "gradients are dense"),
+    "_weight": ("Embedding", "assign layer.weight"),
+    "_freeze": ("Embedding", "call layer.freeze()"),
+    "proj_size": ("RNN GRU LSTM", "the state has hidden_size numbers; compose with a Linear"),
+    "add_bias_kv": ("MultiheadAttention SelfAttention", "join what is to be added to key and value"),
+    "add_zero_attn": ("MultiheadAttention SelfAttention", "join what is to be added to key and value"),
+    "kdim": ("MultiheadAttention SelfAttention", "query, key and value have embed_dim numbers"),
+    "vdim": ("MultiheadAttention SelfAttention", "query, key and value have embed_dim numbers"),
+    "dropout": ("SelfAttention", "MultiheadAttention has it"),
+    "batch_first": ("SelfAttention", "time is the last dimension but one"),
+    "size_average": ("CrossEntropy MSE BCEWithLogits", "torch's old form of reduction"),
+    "reduce": ("CrossEntropy MSE BCEWithLogits", "torch's old form of reduction"),
+    "out_features": ("LinearCrossEntropy", "a target is one label for each row"),
+    "options": ("LinearCrossEntropy", "chunk_size is what decides on memory"),
+}
+"""The arguments that only torch has: of which layers, and why or what instead. Given, each is a TypeError."""
+
+BESIDE_TORCH = {
+    "generator": (
+        "Linear Embedding Dropout Conv1d Conv2d ConvTranspose2d RNNCell GRUCell LSTMCell RNN GRU LSTM "
+        "MultiheadAttention SelfAttention LinearCrossEntropy",
+        "what random numbers are drawn from",
+    ),
+    "gain": ("Linear", "the scale of normal weights"),
+    "unbiased": ("BatchNorm1d BatchNorm2d", "n - 1 in the variance of the batch"),
+    "channels_last": ("BatchNorm1d BatchNorm2d", "the channels are the last dimension"),
+    "return_state": ("RNN GRU LSTM", "torch always returns the state, too"),
+    "causal": ("SelfAttention", "no step reads from later ones"),
+    "chunk_size": ("LinearCrossEntropy", "how many rows are taken at a time"),
+}
+"""The arguments that only handgrad has, given by name: of which layers, and what they are."""
 
 
 def _twin(name: str, make: Callable[[Any, int], Any] | None = None, inputs: MakeInputs = rows, **what: bool) -> None:

@@ -205,7 +205,7 @@ torch.backends.cuda.enable_flash_sdp(False)  # on the CPU, too: its backward los
 case(
     "SelfAttention",
     "*N T D",
-    lambda lib, D, heads, bias, causal: lib.SelfAttention(D, math.gcd(D, heads), bias, causal=causal),
+    lambda lib, D, heads, bias, causal: lib.SelfAttention(D, math.gcd(D, heads), bias=bias, causal=causal),
     sizes={"*N": (0, 2), "D": (1, 6)},
     options={"heads": [1, 2, 12], "bias": BOTH, "causal": BOTH},
 )

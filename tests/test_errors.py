@@ -209,8 +209,13 @@ ERRORS: list[tuple[Callable[[], Any], type[Exception], type[Exception], str]] = 
         ValueError,
         "CrossEntropy(ignore_index=0).forward: ignore_index must be left out where the target is probabilities, got 0",
     ),
-    (lambda: hg.Linear(0, 3), hg.ArgumentError, ValueError, "Linear: sizes must be at least 1, got 0 -> 3"),
-    (lambda: hg.Embedding(3, -1), hg.ArgumentError, ValueError, "Embedding: sizes must be at least 1, got 3 -> -1"),
+    (lambda: hg.Linear(0, 3), hg.ArgumentError, ValueError, "Linear: in_features must be an int of at least 1, got 0"),
+    (
+        lambda: hg.Embedding(3, -1),
+        hg.ArgumentError,
+        ValueError,
+        "Embedding: embedding_dim must be an int of at least 1, got -1",
+    ),
     (
         lambda: hg.Embedding(3, 2, padding_idx=3),
         hg.ArgumentError,
@@ -224,7 +229,12 @@ ERRORS: list[tuple[Callable[[], Any], type[Exception], type[Exception], str]] = 
         "Embedding: max_norm must be None, for a forward does not change its table; instead call "
         "layer.weight.renorm_(2, 0, 1.0) after each optimizer step",
     ),
-    (lambda: hg.BatchNorm1d(0), hg.ArgumentError, ValueError, "BatchNorm1d: num_features must be at least 1, got 0"),
+    (
+        lambda: hg.BatchNorm1d(0),
+        hg.ArgumentError,
+        ValueError,
+        "BatchNorm1d: num_features must be an int of at least 1, got 0",
+    ),
     (
         lambda: hg.CrossEntropy(reduction="avg"),
         hg.ArgumentError,

@@ -260,3 +260,15 @@ def test_a_buffer_that_is_not_persistent_moves_but_has_no_key():
     assert layer.state_dict() == {}
     assert layer.to(torch.float64).mask.dtype is torch.float64
     assert [name for name, _ in layer.named_buffers()] == ["mask"]
+
+
+def test_a_gradient_in_float32_is_rounded_for_a_parameter_in_half_precision_and_no_other():
+    layer = hg.Linear(2, 1, dtype=torch.bfloat16)
+    for _ in range(2):
+        layer.add_grad(layer.weight, torch.full((1, 2), 1 / 3))
+    assert layer.weight.grad.dtype is torch.bfloat16
+    assert torch.equal(layer.weight.grad, torch.full((1, 2), 1 / 3).bfloat16() * 2)
+    for dtype, wrong in ((torch.bfloat16, torch.float64), (torch.float32, torch.bfloat16), (torch.float64, None)):
+        layer = hg.Linear(2, 1, dtype=dtype)
+        with pytest.raises(DtypeError, match=r"the gradient of weight must be \(1, 2\)"):
+            layer.add_grad(layer.weight, torch.ones(1, 2, dtype=wrong))

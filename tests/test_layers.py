@@ -90,12 +90,14 @@ def test_the_same_seed_gives_torchs_weights_to(name):
 
 @pytest.mark.parametrize("name", TWINS)
 def test_no_rows_are_taken_as_torch_takes_them_by(name):
-    """The same output, dx without elements, and gradients of zero."""
+    """The same output and buffers, dx without elements, and gradients of zero."""
     twin = TWINS[name]
     layer, module = both_with_seed(lambda: twin.layer(16), lambda: twin.module(16))
     inputs = tree_map(lambda x: x[:0], twin.inputs(16, 16, torch.float32))
     out = layer(*inputs)
     torch.testing.assert_close(out, tree_map(torch.Tensor.detach, module(*inputs)), equal_nan=True)
+    buffers = dict(module.named_buffers())
+    torch.testing.assert_close(dict(layer.named_buffers()), buffers, rtol=0, atol=0)
     dx = layer.backward() if isinstance(layer, handgrad.Loss) else layer.backward(out)
     for x, d in zip(tree_leaves(inputs), tree_leaves(dx)):
         assert d.shape == x.shape if x.is_floating_point() else d is None

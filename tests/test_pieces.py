@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from handgrad import pieces
-from handgrad.pieces import blockwise, exp
+from handgrad.pieces import blockwise, exp, precise, where_positive
 
 
 @pytest.fixture
@@ -61,3 +61,23 @@ def test_exp_of_many_numbers_is_exp(dtype):
     relative = (exp(x) / torch.exp(x.double()).to(dtype) - 1).abs()
     assert bool((relative <= 4 * eps * (1 + x.abs())).all())
     assert torch.equal(exp(x[:5]), torch.exp(x[:5]))
+
+
+@pytest.mark.parametrize("count", [3, 8])
+def test_half_precision_is_computed_in_float32_and_its_rows_rounded(small_pieces, count):
+    """Whole or in pieces; the sums stay in float32, where they are more than half precision holds."""
+    x = torch.full((count, 2), 300.0, dtype=torch.float16)
+    rows, sums = blockwise(lambda x: (x * x / 300, (x * x).sum(0)), x)
+    assert rows.dtype is torch.float16
+    assert (rows == 300).all()
+    assert sums.dtype is torch.float32
+    assert (sums == count * 90000).all()
+    assert precise(lambda x: (None, x.sum()), x)[0] is None
+
+
+@pytest.mark.parametrize("compiling", [False, True])
+def test_where_positive_is_the_mask(monkeypatch, compiling):
+    monkeypatch.setattr(pieces, "is_compiling", lambda: compiling)
+    out, numbers = torch.tensor([0.0, -0.0, 1e-40, 3.0, torch.inf, torch.nan]), [2.0, -2.0, torch.inf, torch.nan]
+    for dout in torch.tensor(numbers).unsqueeze(1).expand(-1, 6).unbind():
+        torch.testing.assert_close(where_positive(dout, out), dout.where(out > 0, 0), equal_nan=True, rtol=0, atol=0)

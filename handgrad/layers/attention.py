@@ -10,10 +10,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from handgrad.errors import ArgumentError, DtypeError, ShapeError
+from handgrad.arguments import integer, number, refused
+from handgrad.errors import DtypeError, ShapeError
 from handgrad.layer import Layer, parameter
 from handgrad.layers.dropout import drawn_mask
 from handgrad.layers.linear import Linear, rows
+from handgrad.pieces import in_float32
 
 
 class Attention(Layer):
@@ -37,7 +39,8 @@ class Attention(Layer):
     Raises:    ArgumentError where num_heads does not divide embed_dim; ShapeError, DtypeError; StateError.
     Source:    Vaswani et al. 2017, arXiv:1706.03762
 
-    Initialisation and keys are those of torch.nn.MultiheadAttention.
+    Initialisation and keys are those of torch.nn.MultiheadAttention. In half precision all between the projections is
+    computed in float32 (and recorded so), as in torch's own kernels.
     """
 
     shown = ("embed_dim",)
@@ -57,10 +60,10 @@ class Attention(Layer):
         dtype: torch.dtype | None,
         device: torch.device | str | None,
     ) -> None:
-        if embed_dim < 1 or num_heads < 1 or embed_dim % num_heads:
-            problem = f"num_heads must divide embed_dim, got {num_heads} and {embed_dim}"
-            raise ArgumentError(f"{type(self).__name__}: {problem}")
-        self.embed_dim, self.num_heads, self.bias = embed_dim, num_heads, bias
+        self.embed_dim = embed_dim = integer(self, "embed_dim", embed_dim)
+        self.num_heads, self.bias = integer(self, "num_heads", num_heads), bias
+        if embed_dim % self.num_heads:
+            raise refused(self, f"num_heads must divide embed_dim, got {num_heads} and {embed_dim}")
         self.in_proj_weight = torch.empty(3 * embed_dim, embed_dim, dtype=dtype, device=device)
         self.in_proj_bias = torch.zeros(3 * embed_dim, dtype=dtype, device=device) if bias else None
         self.out_proj = Linear(embed_dim, embed_dim, bias, generator=generator, dtype=dtype, device=device)
@@ -72,22 +75,23 @@ class Attention(Layer):
     def attend(self, inputs: tuple[Tensor, ...], mask: Tensor | None = None, nothing: Tensor | None = None) -> Tensor:
         """The output for (query, key, value), or for one tensor that is all three.
 
-        `mask` is added to s, `nothing` says which queries may read nothing; both broadcast to (N heads, T, S).
+        `mask` is added to s, or of bools and True for what may not be read; `nothing` says which queries may read
+        nothing. Both broadcast to (N heads, T, S).
         """
         xs, n = [self._by_batch(x) for x in inputs], len(inputs)
         heads: list[Tensor] = []
         for x, W, b in zip(xs, _cut(self.in_proj_weight, n), _cut(self.in_proj_bias, n)):
             heads += self._split(linear(x, W, b), 3 // n)
-        q, k, v = heads
+        q, k, v = map(in_float32, heads)  # as torch's own kernels compute s and p
         q = q / math.sqrt(q.shape[-1])
         s = q.bmm(k.mT)
         if mask is not None:
-            s += mask
+            s = s.masked_fill_(mask, -math.inf) if mask.dtype is torch.bool else s.add_(mask)
         p = torch.softmax(s, -1)
         if nothing is not None:
             p.masked_fill_(nothing, 0)
         a = p * drawn_mask(p, self.dropout, self.generator) if self.dropout > 0 and self.training else p
-        y = self._merge(a.bmm(v)).view_as(xs[0])
+        y = self._merge(a.bmm(v)).view_as(xs[0]).to(xs[0].dtype)
         out: Tensor = self._by_batch(self.out_proj.forward_at("out_proj", y))
         self.push(q, k, v, p, a, self.in_proj_weight, *xs, out=out)
         return out
@@ -95,6 +99,7 @@ class Attention(Layer):
     def backward(self, dout: Tensor, need_dx: bool = True) -> Any:
         q, k, v, p, a, in_proj_weight, *xs = self.pop(dout)
         (dy,) = self._split(self.out_proj.backward_at("out_proj", self._by_batch(dout)), 1)
+        dy = in_float32(dy)
         # y = a v
         dv = a.mT.bmm(dy)
         da = dy.bmm(v.mT)
@@ -109,7 +114,7 @@ class Attention(Layer):
         dxs: list[Tensor | None] = []
         parts = [(dq, dk, dv)] if len(xs) == 1 else [(dq,), (dk,), (dv,)]
         for x, dqkv, W in zip(xs, parts, _cut(in_proj_weight, len(xs))):
-            d = self._merge(*dqkv)  # (N T, D), or (N T, 3 D)
+            d = self._merge(*dqkv).to(x.dtype)  # (N T, D), or (N T, 3 D)
             dweights.append(d.t() @ rows(x))
             dbiases.append(d.sum(0))
             dxs.append(self._by_batch((d @ W).view_as(x)) if need_dx or dxs else None)
@@ -175,10 +180,9 @@ class MultiheadAttention(Attention):
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> None:
-        if not 0 <= dropout <= 1:
-            raise ArgumentError(f"MultiheadAttention: dropout must be in 0..1, got {dropout}")
         super().__init__(embed_dim, num_heads, bias, generator=generator, dtype=dtype, device=device)
-        self.dropout, self.batch_first, self.generator = dropout, batch_first, generator
+        self.dropout = number(self, "dropout", dropout, 0, 1)
+        self.batch_first, self.generator = batch_first, generator
 
     def forward(
         self,
@@ -217,8 +221,8 @@ class MultiheadAttention(Attention):
         return query.new_zeros(mask.shape).masked_fill_(mask, -math.inf) if mask.dtype is torch.bool else mask
 
     def _check(self, query: Tensor, key: Tensor, value: Tensor) -> None:
-        for x in (query, key, value):
-            self.check_input(x, self.in_proj_weight.dtype)
+        for name, x in (("query", query), ("key", key), ("value", value)):
+            self.check_input(x, self.in_proj_weight.dtype, name)
         D, N = self.embed_dim, 0 if self.batch_first else 1
         fits = query.dim() in (2, 3) and query.dim() == key.dim() and query.shape[-1] == key.shape[-1] == D
         if not fits or key.shape != value.shape or (query.dim() == 3 and query.shape[N] != key.shape[N]):
@@ -256,8 +260,8 @@ class SelfAttention(Attention):
         self,
         embed_dim: int,
         num_heads: int,
-        bias: bool = True,
         *,
+        bias: bool = True,
         causal: bool = False,
         generator: torch.Generator | None = None,
         dtype: torch.dtype | None = None,
@@ -272,7 +276,8 @@ class SelfAttention(Attention):
             problem = f"x must be (..., T, {self.embed_dim}), got shape {tuple(x.shape)}"
             raise self.error(ShapeError, "forward", problem)
         T = x.shape[-2]
-        return self.attend((x,), x.new_full((T, T), -math.inf).triu(1) if self.causal else None)
+        later = x.new_ones((T, T), dtype=torch.bool).triu_(1) if self.causal else None
+        return self.attend((x,), later)
 
 
 def _cut(rows: Any, n: int) -> Sequence[Any]:

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import batch_norm
 
-from handgrad.errors import ArgumentError, ShapeError
+from handgrad.arguments import integer, number, refused
+from handgrad.errors import ShapeError
 from handgrad.layer import Layer, buffer, parameter
-from handgrad.pieces import blockwise
+from handgrad.pieces import blockwise, wide
 
 
 class BatchNorm(Layer):
@@ -33,7 +34,7 @@ class BatchNorm(Layer):
                dx    = dout scale + dvar 2 diff/m + dmean/n
                      = scale (dout - (dbias + diff rstd dweight n/m)/n)
     Recorded:  x, mean, rstd, weight
-    Raises:    ShapeError, also for a batch of one value per channel in training; DtypeError; StateError.
+    Raises:    ArgumentError; ShapeError, also for a batch of one value per channel in training; DtypeError; StateError.
     Source:    Ioffe and Szegedy 2015, arXiv:1502.03167; the simplified dx in makemore lecture 4, which uses n - 1.
     """
 
@@ -58,12 +59,13 @@ class BatchNorm(Layer):
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> None:
-        if num_features < 1:
-            raise ArgumentError(f"{type(self).__name__}: num_features must be at least 1, got {num_features}")
-        self.num_features, self.eps, self.momentum = num_features, eps, momentum
+        self.num_features, self.eps = integer(self, "num_features", num_features), number(self, "eps", eps)
+        if self.eps <= 0:
+            raise refused(self, f"eps must be above 0, got {eps!r}")
+        self.momentum = None if momentum is None else number(self, "momentum", momentum, 0, 1)
         self.affine, self.track_running_stats = affine, track_running_stats
         self.unbiased, self.channels_last = unbiased, channels_last
-        ones = torch.ones(num_features, dtype=dtype, device=device)
+        ones = torch.ones(self.num_features, dtype=dtype, device=device)
         self.weight, self.bias = (ones, torch.zeros_like(ones)) if affine else (None, None)
         self.running_mean = self.running_var = self.num_batches_tracked = None
         if track_running_stats:
@@ -87,6 +89,8 @@ class BatchNorm(Layer):
                 problem = f"the variance of a batch needs more than one value per channel, got shape {tuple(shape)}; "
                 raise self.error(ShapeError, "forward", problem + "evaluate a single row under eval()")
             m = n - 1 if self.unbiased and n > 0 else n
+            if self.training and self.num_batches_tracked is not None:
+                self.num_batches_tracked.add_(1)  # also for a batch of nothing, as torch does
             if n > 0:
                 out, mean, rstd = self._normalize(rows, m / n)
             else:  # nothing to normalise, and nothing learnt of the data
@@ -143,14 +147,12 @@ class BatchNorm(Layer):
             weight = (x.new_ones(self.num_features) if weight is None else weight) * math.sqrt(k)
         if not self.training or self.num_batches_tracked is None or mean is None or var is None:
             mean = var = None
-        else:
-            self.num_batches_tracked.add_(1)
-            if factor is None:  # momentum 1 leaves the batch's own in fresh ones
-                mean, var = torch.zeros_like(mean), torch.zeros_like(var)
+        elif factor is None:  # momentum 1 leaves the batch's own in fresh ones
+            mean, var = torch.zeros_like(mean), torch.zeros_like(var)
         momentum = 1.0 if factor is None else factor
         out, batch_mean, rstd = torch.native_batch_norm(x, weight, self.bias, mean, var, True, momentum, k * self.eps)
         if factor is None and mean is not None and self.num_batches_tracked is not None:
-            share = 1 / self.num_batches_tracked.to(x.dtype)
+            share = (1 / self.num_batches_tracked.to(wide(mean.dtype))).to(mean.dtype)
             for running, own in ((self.running_mean, mean), (self.running_var, var)):
                 if running is not None and own is not None:
                     running.lerp_(own, share)
@@ -168,7 +170,7 @@ class BatchNorm1d(BatchNorm):
                dbias = sum dout,  dweight = rstd sum dout diff,  and in training, with n values per channel,
                dx = scale (dout - (dbias + diff rstd dweight)/n);  in evaluation dx = scale dout
     Recorded:  x, mean, rstd, weight
-    Raises:    ShapeError, also for a batch of one value per channel in training; DtypeError; StateError.
+    Raises:    ArgumentError; ShapeError, also for a batch of one value per channel in training; DtypeError; StateError.
     Source:    Ioffe and Szegedy 2015, arXiv:1502.03167. With `unbiased`, the form of makemore lecture 4: var and dx
                with n - 1.
 
@@ -194,7 +196,7 @@ class BatchNorm2d(BatchNorm):
                dbias = sum dout,  dweight = rstd sum dout diff,  and in training, with n = N H W,
                dx = scale (dout - (dbias + diff rstd dweight)/n);  in evaluation dx = scale dout
     Recorded:  x, mean, rstd, weight
-    Raises:    ShapeError, also for a batch of one value per channel in training; DtypeError; StateError.
+    Raises:    ArgumentError; ShapeError, also for a batch of one value per channel in training; DtypeError; StateError.
     Source:    as BatchNorm1d
 
     >>> layer = BatchNorm2d(3)

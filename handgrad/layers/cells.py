@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from handgrad.arguments import integer
 from handgrad.errors import ArgumentError, ShapeError
 from handgrad.layer import Layer, parameter
 from handgrad.layers.linear import rows
@@ -38,7 +39,8 @@ class Cell(Layer):
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> None:
-        self.input_size, self.hidden_size, self.bias = input_size, hidden_size, bias
+        self.input_size = integer(self, "input_size", input_size)
+        self.hidden_size, self.bias = integer(self, "hidden_size", hidden_size), bias
         self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh = recurrent_parameters(
             self, self.gates, generator=generator, dtype=dtype, device=device
         )
@@ -57,7 +59,7 @@ class RNNCell(Cell):
 
     Forward:   a = x @ weight_ih.T + bias_ih,  b = h @ weight_hh.T + bias_hh,  out = tanh(a + b), or relu(a + b)
     Shapes:    x (..., D); h, out (..., H); weight_ih (H, D); weight_hh (H, H); bias_ih, bias_hh (H,)
-    Backward:  da = db = dout (1 - out^2), or dout sign(out) for relu; with n over the leading dimensions,
+    Backward:  da = db = dout (1 - out^2), or for relu dout where out > 0, else 0; with n over the leading dimensions,
                dx = da @ weight_ih,  dweight_ih = sum_n da[n] x[n]^T,  dbias_ih = sum_n da[n],
                dh = db @ weight_hh,  dweight_hh = sum_n db[n] h[n]^T,  dbias_hh = sum_n db[n]
     Recorded:  x, h, out, weight_ih, weight_hh
@@ -100,7 +102,7 @@ class RNNCell(Cell):
     def backward(self, dout: Tensor, need_dx: bool = True) -> Any:
         x, h, out, weight_ih, weight_hh, given = self.pop(dout)
         # out = tanh(a + b), or relu(a + b)
-        da = db = dout * (1 - out * out) if self.nonlinearity == "tanh" else dout * out.sign()
+        da = db = dout * (1 - out * out) if self.nonlinearity == "tanh" else dout.where(out > 0, 0)
         # a = x @ weight_ih.T + bias_ih
         dx = da @ weight_ih if need_dx else None
         self.add_grad(weight_ih, rows(da).t() @ rows(x))
@@ -126,7 +128,7 @@ class GRUCell(Cell):
                dx = da @ weight_ih,         dweight_ih = sum_m da[m] x[m]^T,  dbias_ih = sum_m da[m],
                dh = dout z + db @ weight_hh,  dweight_hh = sum_m db[m] h[m]^T,  dbias_hh = sum_m db[m]
     Recorded:  x, h, r, z, n, bn, weight_ih, weight_hh
-    Raises:    ShapeError, DtypeError; StateError.
+    Raises:    ArgumentError; ShapeError, DtypeError; StateError.
     Source:    Cho et al. 2014, arXiv:1406.1078, in the form of torch.nn.GRUCell: r acts after weight_hh.
 
     Without h the step starts from zeros, and backward returns dx alone.
@@ -192,7 +194,7 @@ class LSTMCell(Cell):
                dx = da @ weight_ih,  dweight_ih = sum_n da[n] x[n]^T,  dbias_ih = sum_n da[n],
                dh = db @ weight_hh,  dweight_hh = sum_n db[n] h[n]^T,  dbias_hh = sum_n db[n]
     Recorded:  x, h, c, i, f, g, o, u, weight_ih, weight_hh
-    Raises:    ShapeError, DtypeError; StateError.
+    Raises:    ArgumentError; ShapeError, DtypeError; StateError.
     Source:    Hochreiter and Schmidhuber 1997; torch.nn.LSTMCell for parameters and initialisation.
 
     Without a state the step starts from zeros, and backward returns dx alone.
@@ -249,8 +251,6 @@ def recurrent_parameters(
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """The two weights and the two biases of a recurrent layer, drawn uniformly within 1/sqrt(H)."""
     D, H = layer.input_size, layer.hidden_size
-    if D < 1 or H < 1:
-        raise ArgumentError(f"{type(layer).__name__}: sizes must be at least 1, got {D} -> {H}")
 
     def draw(*shape: int) -> Tensor:
         bound = 1 / math.sqrt(H)
@@ -272,7 +272,7 @@ def started(layer: Layer, x: Tensor, wanted: tuple[int, ...], state: dict[str, T
     for name, t in state.items():
         if t is None:
             t = x.new_zeros(wanted)
-        layer.check_input(t, x.dtype)
+        layer.check_input(t, x.dtype, name)
         if tuple(t.shape) != wanted:
             problem = f"{name} must have shape {wanted} for x of shape {tuple(x.shape)}, got {tuple(t.shape)}"
             raise layer.error(ShapeError, "forward", problem)

@@ -13,6 +13,7 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
+from handgrad.arguments import integer
 from handgrad.errors import ArgumentError, DtypeError, ShapeError
 from handgrad.layer import Layer, spec_of, with_zeros
 
@@ -193,8 +194,7 @@ class Residual(Layer):
             came = f"a tuple of {len(ys)}" if isinstance(ys, tuple) else type(ys).__name__
             raise self.error(ShapeError, "forward", f"body must give {len(xs)} outputs for as many inputs, got {came}")
         for a, b in zip(xs, ys):
-            self.check_input(a)
-            check_same_form(self, {"x": a, "body": b})
+            check_same_form(self, {"x": a, "the output of body": b})
         out = plus(x, y)
         self.push(out=out)
         return out
@@ -247,7 +247,7 @@ class Sum(Branches):
 
     def forward(self, *inputs: Any) -> Tensor:
         outs = self._forward_each(*inputs)
-        check_same_form(self, {str(i): out for i, out in enumerate(outs)})
+        check_same_form(self, {f"the output of {i}": out for i, out in enumerate(outs)})
         out: Tensor = total(outs)
         self.push(out=out)
         return out
@@ -280,7 +280,7 @@ class Product(Branches):
 
     def forward(self, *inputs: Any) -> Tensor:
         outs = self._forward_each(*inputs)
-        check_same_form(self, {str(i): out for i, out in enumerate(outs)})
+        check_same_form(self, {f"the output of {i}": out for i, out in enumerate(outs)})
         out: Tensor = outs[0]
         for factor in outs[1:]:
             out = out * factor
@@ -314,11 +314,11 @@ class Concat(Branches):
 
     def __init__(self, *bodies: Layer, dim: int) -> None:
         super().__init__(*bodies)
-        self.dim = dim
+        self.dim = integer(self, "dim", dim, None)
 
     def forward(self, *inputs: Any) -> Tensor:
         outs = self._forward_each(*inputs)
-        check_same_form(self, {str(i): out for i, out in enumerate(outs)}, but=self.dim)
+        check_same_form(self, {f"the output of {i}": out for i, out in enumerate(outs)}, but=self.dim)
         out = torch.cat(outs, self.dim)
         self.push([out.shape[self.dim] for out in outs], out=out)
         return out
@@ -388,17 +388,17 @@ def total(terms: Sequence[Any]) -> Any:
 
 
 def check_same_form(layer: Layer, outs: dict[str, Any], but: int | None = None) -> None:
-    """Raise unless all are tensors of one dtype and one shape, the size along dimension `but` left aside."""
+    """Raise unless all are floating tensors of one dtype and one shape, the size along dimension `but` left aside."""
+    if not outs:
+        raise layer.error(ShapeError, "forward", "takes at least one input, got none")
     first = next(iter(outs))
     for name, out in outs.items():
-        if not isinstance(out, Tensor):
-            problem = f"the output of {name} must be a tensor, got {type(out).__name__}"
-            raise layer.error(DtypeError, "forward", problem)
+        layer.check_input(out, name=name)
         if out.dtype is not outs[first].dtype:
             problem = f"{first} and {name} must have one dtype, got {outs[first].dtype} and {out.dtype}"
             raise layer.error(DtypeError, "forward", problem)
         if but is not None and not -out.dim() <= but < out.dim():
-            problem = f"the output of {name} must have dimension {but}, got shape {tuple(out.shape)}"
+            problem = f"{name} must have dimension {but}, got shape {tuple(out.shape)}"
             raise layer.error(ShapeError, "forward", problem)
         if _without(out, but) != _without(outs[first], but):
             rest = "" if but is None else f" apart from dimension {but}"

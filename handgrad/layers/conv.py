@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from handgrad.errors import ArgumentError, ShapeError
+from handgrad.arguments import integer, integers, refused
+from handgrad.errors import ShapeError
 from handgrad.layer import Layer, parameter
 
 
@@ -44,11 +45,14 @@ class Convolution(Layer):
         dtype: torch.dtype | None,
         device: torch.device | str | None,
     ) -> None:
-        if min(in_channels, out_channels, groups) < 1 or in_channels % groups or out_channels % groups:
-            raise self._argument(f"groups must divide the channels, got {groups} for {in_channels} -> {out_channels}")
-        self.in_channels, self.out_channels, self.groups = in_channels, out_channels, groups
-        self.kernel_size = self._sizes("kernel_size", kernel_size, 1)
-        self.stride, self.dilation = self._sizes("stride", stride, 1), self._sizes("dilation", dilation, 1)
+        self.in_channels = in_channels = integer(self, "in_channels", in_channels)
+        self.out_channels = out_channels = integer(self, "out_channels", out_channels)
+        self.groups = groups = integer(self, "groups", groups)
+        if in_channels % groups or out_channels % groups:
+            raise refused(self, f"groups must divide the channels, got {groups} for {in_channels} -> {out_channels}")
+        self.kernel_size = integers(self, "kernel_size", kernel_size, self.dims)
+        self.stride = integers(self, "stride", stride, self.dims)
+        self.dilation = integers(self, "dilation", dilation, self.dims)
         first, second = (in_channels, out_channels) if self.transposed else (out_channels, in_channels)
         self.weight = torch.empty(first, second // groups, *self.kernel_size, dtype=dtype, device=device)
         self.bias = self.weight.new_empty(out_channels) if bias else None
@@ -82,15 +86,6 @@ class Convolution(Layer):
             form = f"{self.in_channels}, " + ", ".join("L" if self.dims == 1 else "HW")
             problem = f"x must be (N, {form}) or ({form}), got shape {tuple(x.shape)}"
             raise self.error(ShapeError, "forward", problem)
-
-    def _sizes(self, name: str, value: int | tuple[int, ...], least: int) -> tuple[int, ...]:
-        sizes = (value,) * self.dims if isinstance(value, int) else tuple(value)
-        if len(sizes) != self.dims or min(sizes) < least:
-            raise self._argument(f"{name} must be {self.dims} number(s) of at least {least}, got {value}")
-        return sizes
-
-    def _argument(self, problem: str) -> ArgumentError:
-        return ArgumentError(f"{type(self).__name__}: {problem}")
 
 
 class Conv1d(Convolution):
@@ -140,7 +135,7 @@ class Conv1d(Convolution):
         if isinstance(padding, str):
             self.padding = self._named_padding(padding)
         else:
-            self.padding = self._sizes("padding", padding, 0)
+            self.padding = integers(self, "padding", padding, self.dims, 0)
 
     def forward(self, x: Tensor) -> Tensor:
         self._check(x)
@@ -178,11 +173,11 @@ class Conv1d(Convolution):
 
     def _named_padding(self, padding: str) -> tuple[int, ...]:
         if padding not in ("same", "valid"):
-            raise self._argument(f"padding must be numbers, 'same' or 'valid', got {padding!r}")
+            raise refused(self, f"padding must be numbers, 'same' or 'valid', got {padding!r}")
         if padding == "valid":
             return (0,) * self.dims
         if any(s != 1 for s in self.stride):
-            raise self._argument(f"padding='same' needs stride 1, got {self.stride}")
+            raise refused(self, f"padding='same' needs stride 1, got {self.stride}")
         reach = [d * (k - 1) for k, d in zip(self.kernel_size, self.dilation)]
         if any(r % 2 for r in reach):
             self.extra = [n for r in reversed(reach) for n in (0, r % 2)]
@@ -258,11 +253,11 @@ class ConvTranspose2d(Convolution):
     ) -> None:
         where: dict[str, Any] = {"generator": generator, "dtype": dtype, "device": device}
         super().__init__(in_channels, out_channels, kernel_size, stride, dilation, groups, bias, **where)
-        self.padding = self._sizes("padding", padding, 0)
-        self.output_padding = self._sizes("output_padding", output_padding, 0)
+        self.padding = integers(self, "padding", padding, self.dims, 0)
+        self.output_padding = integers(self, "output_padding", output_padding, self.dims, 0)
         if any(o >= max(s, d) for o, s, d in zip(self.output_padding, self.stride, self.dilation)):
             problem = f"output_padding must be below stride or dilation, got {self.output_padding} for {self.stride} "
-            raise self._argument(problem + f"and {self.dilation}")
+            raise refused(self, problem + f"and {self.dilation}")
 
     def forward(self, x: Tensor) -> Tensor:
         self._check(x)

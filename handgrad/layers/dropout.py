@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from handgrad.errors import ArgumentError
+from handgrad.arguments import number
 from handgrad.layer import Layer
+from handgrad.pieces import wide
 
 
 class Dropout(Layer):
@@ -38,9 +39,7 @@ class Dropout(Layer):
     shown = ("p",)
 
     def __init__(self, p: float = 0.5, *, generator: torch.Generator | None = None) -> None:
-        if not 0 <= p <= 1:
-            raise ArgumentError(f"Dropout: p must be in 0..1, got {p}")
-        self.p, self.generator = p, generator
+        self.p, self.generator = number(self, "p", p, 0, 1), generator
 
     def forward(self, x: Tensor) -> Tensor:
         self.check_input(x)
@@ -61,8 +60,8 @@ class Dropout(Layer):
 def drawn_mask(x: Tensor, p: float, generator: torch.Generator | None) -> Tensor:
     """A number for each element of x: 1/(1 - p) with probability 1 - p, else 0."""
     home = x.device if generator is None else generator.device
-    mask = torch.empty_like(x, device=home).uniform_(generator=generator)
+    mask = torch.empty_like(x, device=home, dtype=wide(x.dtype)).uniform_(generator=generator)
     torch.lt(mask, 1 - p, out=mask)  # 1 or 0
     if p < 1:
         mask.mul_(1 / (1 - p))
-    return mask.to(x.device)
+    return mask.to(x.device, x.dtype)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from handgrad.errors import ArgumentError, ShapeError
+from handgrad.arguments import integer
+from handgrad.errors import ShapeError
 from handgrad.layer import Layer
 
 
@@ -16,7 +17,7 @@ class Flatten(Layer):
     Backward:  every element of x appears once in out, in the same order, hence dx = dout in x's shape.
                dx may share its storage with dout, as out may with x.
     Recorded:  the shape of x
-    Raises:    ShapeError where x does not have the dimensions to join; DtypeError; StateError.
+    Raises:    ArgumentError; ShapeError where x does not have the dimensions to join; DtypeError; StateError.
 
     >>> import torch
     >>> layer = Flatten()
@@ -27,7 +28,10 @@ class Flatten(Layer):
     """
 
     def __init__(self, start_dim: int = 1, end_dim: int = -1) -> None:
-        self.start_dim, self.end_dim = start_dim, end_dim
+        self.start_dim, self.end_dim = (
+            integer(self, "start_dim", start_dim, None),
+            integer(self, "end_dim", end_dim, None),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         self.check_input(x)
@@ -68,9 +72,7 @@ class FlattenConsecutive(Layer):
     shown = ("size",)
 
     def __init__(self, size: int) -> None:
-        if size < 1:
-            raise ArgumentError(f"FlattenConsecutive: size must be at least 1, got {size}")
-        self.size = size
+        self.size = integer(self, "size", size)
 
     def forward(self, x: Tensor) -> Tensor:
         self.check_input(x)

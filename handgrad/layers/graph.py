@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from handgrad.arguments import integer
 from handgrad.errors import ArgumentError, ShapeError
 from handgrad.layer import Layer, spec_of, with_zeros
 from handgrad.layers.containers import check_same_form, plus, times_the_others, total
@@ -91,7 +92,7 @@ class Cat(Layer):
     shown = ("dim",)
 
     def __init__(self, dim: int) -> None:
-        self.dim = dim
+        self.dim = integer(self, "dim", dim, None)
 
     def forward(self, *inputs: Tensor) -> Tensor:
         check_same_form(self, {f"x[{i}]": x for i, x in enumerate(inputs)}, but=self.dim)

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from handgrad.errors import ArgumentError, ShapeError
+from handgrad.arguments import integer, number
+from handgrad.errors import ShapeError
 from handgrad.layer import Layer, parameter
 
 
@@ -23,7 +24,7 @@ class Linear(Layer):
                dweight[o, i] = sum_n dout[n, o] x[n, i]
                dbias[o]      = sum_n dout[n, o]
     Recorded:  x, weight
-    Raises:    ShapeError, DtypeError; StateError from a backward without a forward.
+    Raises:    ArgumentError; ShapeError, DtypeError; StateError from a backward without a forward.
 
     By default weight and bias are drawn as torch.nn.Linear draws them, uniformly within 1/sqrt(D_in). With `gain`,
     weight is normal with deviation gain/sqrt(D_in) and bias is zero (He et al. 2015, arXiv:1502.01852; the makemore
@@ -53,16 +54,15 @@ class Linear(Layer):
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> None:
-        if in_features < 1 or out_features < 1:
-            raise ArgumentError(f"Linear: sizes must be at least 1, got {in_features} -> {out_features}")
-        self.in_features, self.out_features = in_features, out_features
-        self.weight = torch.empty(out_features, in_features, dtype=dtype, device=device)
-        self.bias = torch.empty(out_features, dtype=dtype, device=device) if bias else None
-        bound = 1 / math.sqrt(in_features)
+        self.in_features = integer(self, "in_features", in_features)
+        self.out_features = integer(self, "out_features", out_features)
+        self.weight = torch.empty(self.out_features, self.in_features, dtype=dtype, device=device)
+        self.bias = torch.empty(self.out_features, dtype=dtype, device=device) if bias else None
+        bound = 1 / math.sqrt(self.in_features)
         if gain is None:
             self.weight.uniform_(-bound, bound, generator=generator)
         else:
-            self.weight.normal_(0, gain * bound, generator=generator)
+            self.weight.normal_(0, number(self, "gain", gain, 0) * bound, generator=generator)
         if self.bias is not None and gain is None:
             self.bias.uniform_(-bound, bound, generator=generator)
         elif self.bias is not None:

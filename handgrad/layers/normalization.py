@@ -8,9 +8,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from handgrad.errors import ArgumentError, ShapeError
+from handgrad.arguments import integer, integers, number, refused
+from handgrad.errors import ShapeError
 from handgrad.layer import Layer, parameter
-from handgrad.pieces import blockwise
+from handgrad.pieces import blockwise, in_float32
 
 
 class LayerNorm(Layer):
@@ -26,7 +27,7 @@ class LayerNorm(Layer):
                dx    = dxhat rstd + dvar 2 (x - mean)/n + dmean/n
                      = rstd (dxhat - avg(dxhat) - xhat avg(dxhat xhat))
     Recorded:  x, mean, rstd, weight
-    Raises:    ShapeError where x does not end in normalized_shape; DtypeError; StateError.
+    Raises:    ArgumentError; ShapeError where x does not end in normalized_shape; DtypeError; StateError.
     Source:    Ba, Kiros and Hinton 2016, arXiv:1607.06450
 
     `bias=False` leaves out the bias alone, `elementwise_affine=False` both parameters.
@@ -52,7 +53,8 @@ class LayerNorm(Layer):
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> None:
-        self.normalized_shape, self.eps = _shape("LayerNorm", normalized_shape), eps
+        self.normalized_shape = integers(self, "normalized_shape", normalized_shape, None)
+        self.eps = number(self, "eps", eps, 0)
         self.elementwise_affine = elementwise_affine
         ones = torch.ones(self.normalized_shape, dtype=dtype, device=device)
         self.weight = ones if elementwise_affine else None
@@ -92,13 +94,14 @@ class RMSNorm(Layer):
     """Divide the last dimensions of each sample by their root mean square, then scale them elementwise.
 
     Forward:   xhat = x rstd,  rstd = 1/sqrt(mean(x^2) + eps),  out = xhat weight
-               with the mean over the dimensions of normalized_shape; eps=None stands for the precision of x's dtype
+               with the mean over the dimensions of normalized_shape; eps=None stands for the precision of x's dtype,
+               for half precision that of float32
     Shapes:    x (..., *normalized_shape); weight normalized_shape; out like x
     Backward:  dweight = sum dout xhat over the leading dimensions;  dxhat = dout weight.
                x also acts through rstd; with `avg` the mean over a sample's n values, d rstd / dx = -rstd^3 x/n, hence
                dx = dxhat rstd + sum(dxhat x) (-rstd^3 x/n) = rstd (dxhat - xhat avg(dxhat xhat))
     Recorded:  x, rstd, weight
-    Raises:    ShapeError where x does not end in normalized_shape; DtypeError; StateError.
+    Raises:    ArgumentError; ShapeError where x does not end in normalized_shape; DtypeError; StateError.
     Source:    Zhang and Sennrich 2019, arXiv:1910.07467
 
     >>> layer = RMSNorm(2)
@@ -119,16 +122,19 @@ class RMSNorm(Layer):
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> None:
-        self.normalized_shape, self.eps = _shape("RMSNorm", normalized_shape), eps
+        self.normalized_shape = integers(self, "normalized_shape", normalized_shape, None)
+        self.eps = None if eps is None else number(self, "eps", eps, 0)
         self.elementwise_affine = elementwise_affine
         self.weight = torch.ones(self.normalized_shape, dtype=dtype, device=device) if elementwise_affine else None
 
     def forward(self, x: Tensor) -> Tensor:
         _check(self, x, self.normalized_shape, self.weight)
         dims = tuple(range(-len(self.normalized_shape), 0))
-        eps = torch.finfo(x.dtype).eps if self.eps is None else self.eps
-        rstd = ((x * x).mean(dims, keepdim=True) + eps).rsqrt()  # one per sample
-        out = x * rstd if self.weight is None else x * rstd * self.weight
+        wide_x = in_float32(x)
+        eps = torch.finfo(wide_x.dtype).eps if self.eps is None else self.eps
+        rstd = ((wide_x * wide_x).mean(dims, keepdim=True) + eps).rsqrt()  # one per sample
+        xhat = wide_x * rstd
+        out = (xhat if self.weight is None else xhat * self.weight).to(x.dtype)
         self.push(x, rstd, self.weight, out=out)
         return out
 
@@ -185,11 +191,12 @@ class GroupNorm(Layer):
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> None:
-        if num_groups < 1 or num_channels < 1 or num_channels % num_groups:
-            problem = f"num_groups must divide num_channels, got {num_groups} and {num_channels}"
-            raise ArgumentError(f"GroupNorm: {problem}")
-        self.num_groups, self.num_channels, self.eps, self.affine = num_groups, num_channels, eps, affine
-        ones = torch.ones(num_channels, dtype=dtype, device=device)
+        self.num_groups = integer(self, "num_groups", num_groups)
+        self.num_channels = integer(self, "num_channels", num_channels)
+        if self.num_channels % self.num_groups:
+            raise refused(self, f"num_groups must divide num_channels, got {num_groups} and {num_channels}")
+        self.eps, self.affine = number(self, "eps", eps, 0), affine
+        ones = torch.ones(self.num_channels, dtype=dtype, device=device)
         self.weight, self.bias = (ones, torch.zeros_like(ones)) if affine else (None, None)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -232,13 +239,6 @@ class GroupNorm(Layer):
         if x.numel() == self.num_groups:
             problem = f"the variance of a group needs more than one value, got shape {tuple(x.shape)}"
             raise self.error(ShapeError, "forward", problem)
-
-
-def _shape(kind: str, normalized_shape: int | Sequence[int]) -> tuple[int, ...]:
-    shape = (normalized_shape,) if isinstance(normalized_shape, int) else tuple(normalized_shape)
-    if not shape or min(shape) < 1:
-        raise ArgumentError(f"{kind}: normalized_shape must be one or more sizes of at least 1, got {normalized_shape}")
-    return shape
 
 
 def _check(layer: Layer, x: Tensor, shape: tuple[int, ...], weight: Tensor | None) -> None:

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from handgrad.errors import ArgumentError, ShapeError
+from handgrad.arguments import integer, integers, refused
+from handgrad.errors import ShapeError
 from handgrad.layer import Layer
 
 
@@ -37,12 +38,13 @@ class MaxPool2d(Layer):
         stride: int | tuple[int, int] | None = None,
         padding: int | tuple[int, int] = 0,
         dilation: int | tuple[int, int] = 1,
+        *,
         ceil_mode: bool = False,
     ) -> None:
-        self.kernel_size = _pair("MaxPool2d", "kernel_size", kernel_size, 1)
-        self.stride = self.kernel_size if stride is None else _pair("MaxPool2d", "stride", stride, 1)
-        self.padding = _padding("MaxPool2d", padding, self.kernel_size)
-        self.dilation, self.ceil_mode = _pair("MaxPool2d", "dilation", dilation, 1), ceil_mode
+        self.kernel_size = _pair(self, "kernel_size", kernel_size, 1)
+        self.stride = self.kernel_size if stride is None else _pair(self, "stride", stride, 1)
+        self.padding = _padding(self, padding, self.kernel_size)
+        self.dilation, self.ceil_mode = _pair(self, "dilation", dilation, 1), ceil_mode
 
     def forward(self, x: Tensor) -> Tensor:
         self.check_input(x)
@@ -102,12 +104,12 @@ class AvgPool2d(Layer):
         count_include_pad: bool = True,
         divisor_override: int | None = None,
     ) -> None:
-        self.kernel_size = _pair("AvgPool2d", "kernel_size", kernel_size, 1)
-        self.stride = self.kernel_size if stride is None else _pair("AvgPool2d", "stride", stride, 1)
-        self.padding = _padding("AvgPool2d", padding, self.kernel_size)
+        self.kernel_size = _pair(self, "kernel_size", kernel_size, 1)
+        self.stride = self.kernel_size if stride is None else _pair(self, "stride", stride, 1)
+        self.padding = _padding(self, padding, self.kernel_size)
         self.ceil_mode, self.count_include_pad, self.divisor_override = ceil_mode, count_include_pad, divisor_override
-        if divisor_override == 0:
-            raise ArgumentError("AvgPool2d: divisor_override must not be 0")
+        if divisor_override is not None and integer(self, "divisor_override", divisor_override, None) == 0:
+            raise refused(self, "divisor_override must not be 0")
 
     def forward(self, x: Tensor) -> Tensor:
         self.check_input(x)
@@ -171,11 +173,11 @@ class AdaptiveAvgPool2d(Layer):
     """
 
     def __init__(self, output_size: int | tuple[int | None, int | None]) -> None:
-        pair = output_size if isinstance(output_size, tuple) else (output_size, output_size)
-        if output_size is None or len(pair) != 2 or any(size is not None and size < 1 for size in pair):
-            problem = f"output_size must be a number of at least 1, or two of them or None, got {output_size}"
-            raise ArgumentError(f"AdaptiveAvgPool2d: {problem}")
-        self.output_size = pair
+        pair = output_size if isinstance(output_size, (tuple, list)) else (output_size, output_size)
+        if output_size is None or len(pair) != 2:
+            raise refused(self, f"output_size must be an int, or two of them or None, got {output_size!r}")
+        height, width = (None if size is None else integer(self, "output_size", size) for size in pair)
+        self.output_size = height, width
 
     def forward(self, x: Tensor) -> Tensor:
         self.check_input(x)
@@ -186,6 +188,7 @@ class AdaptiveAvgPool2d(Layer):
 
     def backward(self, dout: Tensor) -> Tensor:
         (shape,) = self.pop(dout)
+        self._refuse_autocast("backward")  # products without a parameter
         P, Q = (self._shares(shape[dim], dout, dim) for dim in (-2, -1))
         # out = P x Q^T
         return (dout.mT @ P).mT @ Q
@@ -198,17 +201,15 @@ class AdaptiveAvgPool2d(Layer):
         return ((h >= start) & (h < end)).to(dout.dtype) / (end - start)
 
 
-def _pair(kind: str, name: str, value: int | tuple[int, int], least: int) -> tuple[int, int]:
-    pair = (value, value) if isinstance(value, int) else tuple(value)
-    if len(pair) != 2 or min(pair) < least:
-        raise ArgumentError(f"{kind}: {name} must be one or two numbers of at least {least}, got {value}")
-    return pair[0], pair[1]
+def _pair(layer: Layer, name: str, value: int | tuple[int, int], least: int) -> tuple[int, int]:
+    height, width = integers(layer, name, value, 2, least)
+    return height, width
 
 
-def _padding(kind: str, value: int | tuple[int, int], kernel_size: tuple[int, int]) -> tuple[int, int]:
-    padding = _pair(kind, "padding", value, 0)
+def _padding(layer: Layer, value: int | tuple[int, int], kernel_size: tuple[int, int]) -> tuple[int, int]:
+    padding = _pair(layer, "padding", value, 0)
     if any(2 * p > k for p, k in zip(padding, kernel_size)):
-        raise ArgumentError(f"{kind}: padding must be at most half of kernel_size, got {padding} for {kernel_size}")
+        raise refused(layer, f"padding must be at most half of kernel_size, got {padding} for {kernel_size}")
     return padding
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from handgrad.arguments import integer, number
 from handgrad.errors import ArgumentError, ShapeError
 from handgrad.layer import Layer, parameter
 from handgrad.layers.cells import check_nonlinearity, pair, recurrent_parameters, started
@@ -50,9 +51,8 @@ class Unroll(Layer):
     def __init__(self, cell: Layer, dim: int = 1, *, steps: int | None = None, return_state: bool = False) -> None:
         if not isinstance(cell, Layer):
             raise ArgumentError(f"Unroll: cell must be a Layer, got {type(cell).__name__}")
-        if steps is not None and steps < 1:
-            raise ArgumentError(f"Unroll: steps must be at least 1, got {steps}")
-        self.cell, self.dim, self.steps, self.return_state = cell, dim, steps, return_state
+        self.cell, self.dim, self.return_state = cell, integer(self, "dim", dim, None), return_state
+        self.steps = None if steps is None else integer(self, "steps", steps)
 
     def forward(self, x: Tensor, state: Any = None) -> Any:
         if not isinstance(x, Tensor) or not -x.dim() <= self.dim < x.dim() or x.shape[self.dim] == 0:
@@ -120,7 +120,7 @@ class Recurrent(Layer):
         device: torch.device | str | None = None,
     ) -> None:
         kind = type(self).__name__
-        if num_layers != 1 or dropout:
+        if integer(self, "num_layers", num_layers) != 1 or number(self, "dropout", dropout, 0, 1):
             how = f"Sequential({kind}({input_size}, {hidden_size}), Dropout(p), {kind}({hidden_size}, {hidden_size}))"
             raise ArgumentError(f"{kind}: one layer without dropout is what it has; compose several: {how}")
         if bidirectional:
@@ -128,7 +128,8 @@ class Recurrent(Layer):
                 f"Concat({kind}(...), Sequential(flip, {kind}(...), flip), dim=-1), flip a layer that turns time round"
             )
             raise ArgumentError(f"{kind}: one direction is what it has; compose two: {how}")
-        self.input_size, self.hidden_size, self.bias = input_size, hidden_size, bias
+        self.input_size = integer(self, "input_size", input_size)
+        self.hidden_size, self.bias = integer(self, "hidden_size", hidden_size), bias
         self.batch_first, self.return_state = batch_first, return_state
         self.weight_ih_l0, self.weight_hh_l0, self.bias_ih_l0, self.bias_hh_l0 = recurrent_parameters(
             self, self.gates, generator=generator, dtype=dtype, device=device
@@ -169,7 +170,7 @@ class RNN(Recurrent):
                weight_ih_l0 (H, D); weight_hh_l0 (H, H); bias_ih_l0, bias_hh_l0 (H,)
     Backward:  h_{t+1} acts through out_t and through step t + 1. From the last step to the first,
                dh_{t+1} = dout_t + db_{t+1} @ weight_hh_l0, with dh_T = dout_{T-1} + the dstate given, if any,
-               da_t = db_t = dh_{t+1} s_t,  s = 1 - out^2, or sign(out) for relu;  and with sums over all t and n
+               da_t = db_t = dh_{t+1} s_t,  s = 1 - out^2, or [out > 0] for relu;  and with sums over all t and n
                dx = da @ weight_ih_l0,  dweight_ih_l0 = sum da x^T,  dbias_ih_l0 = sum da,
                dh_0 = db_0 @ weight_hh_l0,  dweight_hh_l0 = sum db h^T,  dbias_hh_l0 = sum db
     Recorded:  x, h of all steps, weight_ih_l0, weight_hh_l0
@@ -215,10 +216,12 @@ class RNN(Recurrent):
         x, h, weight_ih, weight_hh, given, returned = self.pop(dout)
         dout, dh = dout if returned else (dout, 0)
         # h_{t+1} = tanh(a_t + b_t), or relu
-        s = 1 - h[1:] * h[1:] if self.nonlinearity == "tanh" else h[1:].sign()
+        tanh = self.nonlinearity == "tanh"
+        s = 1 - h[1:] * h[1:] if tanh else h[1:] > 0
         das = []
         for dout_t, s_t in zip(reversed(self.by_step(dout).unbind()), reversed(s.unbind())):
-            das.append((dout_t + dh) * s_t)
+            dh = dout_t + dh
+            das.append(dh * s_t if tanh else dh.where(s_t, 0))
             dh = das[-1] @ weight_hh
         da = torch.stack(das[::-1])
         self.add_grads(x, h[:-1], da, da)

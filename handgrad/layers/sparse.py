@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding
 
-from handgrad.errors import ArgumentError, DtypeError, IndexRangeError
+from handgrad.arguments import integer, refused
+from handgrad.errors import DtypeError, IndexRangeError
 from handgrad.layer import Layer, parameter
 
 
@@ -48,16 +49,15 @@ class Embedding(Layer):
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> None:
-        if num_embeddings < 1 or embedding_dim < 1:
-            raise ArgumentError(f"Embedding: sizes must be at least 1, got {num_embeddings} -> {embedding_dim}")
-        if padding_idx is not None and not -num_embeddings <= padding_idx < num_embeddings:
-            raise ArgumentError(f"Embedding: padding_idx must be within the {num_embeddings} rows, got {padding_idx}")
+        self.num_embeddings = V = integer(self, "num_embeddings", num_embeddings)
+        self.embedding_dim = integer(self, "embedding_dim", embedding_dim)
+        self.padding_idx = None if padding_idx is None else integer(self, "padding_idx", padding_idx, -V) % V
+        if padding_idx is not None and padding_idx >= V:
+            raise refused(self, f"padding_idx must be within the {V} rows, got {padding_idx}")
         if max_norm is not None:
             how = f"instead call layer.weight.renorm_(2, 0, {max_norm}) after each optimizer step"
-            raise ArgumentError(f"Embedding: max_norm must be None, for a forward does not change its table; {how}")
-        self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
-        self.padding_idx = None if padding_idx is None else padding_idx % num_embeddings
-        self.weight = torch.empty(num_embeddings, embedding_dim, dtype=dtype, device=device)
+            raise refused(self, f"max_norm must be None, for a forward does not change its table; {how}")
+        self.weight = torch.empty(V, self.embedding_dim, dtype=dtype, device=device)
         self.weight.normal_(generator=generator)
         if self.padding_idx is not None:
             self.weight[self.padding_idx] = 0

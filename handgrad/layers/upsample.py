@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from handgrad.errors import ArgumentError, ShapeError
+from handgrad.arguments import integer, number, refused
+from handgrad.errors import ShapeError
 from handgrad.layer import Layer
 
 
@@ -42,12 +43,14 @@ class Upsample(Layer):
     ) -> None:
         if mode != "nearest":
             instead = f"instead take from_torch(torch.nn.Upsample(..., mode={mode!r}))"
-            raise ArgumentError(f"Upsample: mode must be 'nearest', got {mode!r}; {instead}")
+            raise refused(self, f"mode must be 'nearest', got {mode!r}; {instead}")
         if (size is None) == (scale_factor is None):
-            problem = f"one of size and scale_factor must be given, got {size} and {scale_factor}"
-            raise ArgumentError(f"Upsample: {problem}")
-        if any(s <= 0 for given in (size, scale_factor) if given is not None for s in _each(given, 1)):
-            raise ArgumentError(f"Upsample: size and scale_factor must be above 0, got {size} and {scale_factor}")
+            raise refused(self, f"one of size and scale_factor must be given, got {size} and {scale_factor}")
+        for each in _each(size, 1) if scale_factor is None else ():
+            integer(self, "size", each)
+        for each in _each(scale_factor, 1) if size is None else ():
+            if number(self, "scale_factor", each) <= 0:
+                raise refused(self, f"scale_factor must be above 0, got {scale_factor}")
         self.size, self.scale_factor, self.mode = size, scale_factor, mode
 
     def forward(self, x: Tensor) -> Tensor:

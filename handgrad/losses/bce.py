@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from handgrad.arguments import floating
 from handgrad.errors import DtypeError, ShapeError
 from handgrad.layer import buffer
 from handgrad.losses.loss import Loss
@@ -35,9 +36,11 @@ class BCEWithLogits(Loss):
     weight: Tensor | None = buffer("*D")
     pos_weight: Tensor | None = buffer("*D")
 
-    def __init__(self, weight: Tensor | None = None, reduction: str = "mean", pos_weight: Tensor | None = None) -> None:
-        super().__init__(reduction)
-        self.weight, self.pos_weight = weight, pos_weight
+    def __init__(
+        self, weight: Tensor | None = None, *, reduction: str = "mean", pos_weight: Tensor | None = None
+    ) -> None:
+        super().__init__(reduction=reduction)
+        self.weight, self.pos_weight = floating(self, "weight", weight), floating(self, "pos_weight", pos_weight)
 
     def forward(self, x: Tensor, target: Tensor) -> Tensor:
         self._check(x, target)
@@ -58,7 +61,7 @@ class BCEWithLogits(Loss):
         if weight is not None:
             dlosses = dlosses * weight
         dx: Tensor = torch.sigmoid(x) - target if a is None else (1 - target) - a * torch.sigmoid(-x)
-        return dlosses * dx
+        return (dlosses * dx).to(x.dtype)
 
     def _slope(self, target: Tensor) -> Tensor | None:
         return None if self.pos_weight is None else 1 + (self.pos_weight - 1) * target

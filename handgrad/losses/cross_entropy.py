@@ -139,6 +139,8 @@ class CrossEntropy(ClassLoss):
         return dim
 
     def _check_classes(self, x: Tensor, classes: int) -> None:
+        if classes == 0:
+            raise self.error(ShapeError, "forward", f"x must have at least one class, got shape {tuple(x.shape)}")
         if self.weight is not None and self.weight.shape[0] != classes:
             problem = f"x must have {self.weight.shape[0]} classes, one per weight, got shape {tuple(x.shape)}"
             raise self.error(ShapeError, "forward", problem)

@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.compiler import is_compiling
 from torch.nn.functional import linear
 
-from handgrad.errors import ArgumentError, ShapeError
+from handgrad.arguments import integer, refused
+from handgrad.errors import ShapeError
 from handgrad.layers.linear import Linear, rows
 from handgrad.losses.loss import ClassLoss
 
@@ -57,7 +58,7 @@ class LinearCrossEntropy(ClassLoss):
         *,
         bias: bool = False,
         weight: Tensor | None = None,
-        ignore_index: int = -100,
+        ignore_index: int | None = -100,
         label_smoothing: float = 0.0,
         reduction: str = "mean",
         chunk_size: int = 1024,
@@ -65,14 +66,14 @@ class LinearCrossEntropy(ClassLoss):
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> None:
-        super().__init__(weight, ignore_index, label_smoothing, reduction)
-        if chunk_size < 1:
-            raise ArgumentError(f"LinearCrossEntropy: chunk_size must be at least 1, got {chunk_size}")
+        ignored = -100 if ignore_index is None else ignore_index  # None is torch's default, and means the same
+        super().__init__(weight, ignore_index=ignored, label_smoothing=label_smoothing, reduction=reduction)
+        self.in_features = integer(self, "in_features", in_features)
+        self.num_classes = integer(self, "num_classes", num_classes)
+        self.bias, self.chunk_size = bias, integer(self, "chunk_size", chunk_size)
         if weight is not None and len(weight) != num_classes:
-            problem = f"weight must be ({num_classes},), one per class, got shape {tuple(weight.shape)}"
-            raise ArgumentError(f"LinearCrossEntropy: {problem}")
+            raise refused(self, f"weight must be ({num_classes},), one per class, got shape {tuple(weight.shape)}")
         self.linear = Linear(in_features, num_classes, bias, generator=generator, dtype=dtype, device=device)
-        self.in_features, self.num_classes, self.bias, self.chunk_size = in_features, num_classes, bias, chunk_size
 
     def forward(self, x: Tensor, target: Tensor) -> Tensor:
         self._check(x, target)
@@ -106,7 +107,7 @@ class LinearCrossEntropy(ClassLoss):
         x, y, used, top, log, _, W, bias = self.pop(dout)
         xs = rows(x)
         dlosses = self.row_dlosses(None if dout is None else dout.reshape(-1), x, y, used)
-        dlosses = dlosses.expand(len(y)).unsqueeze(1)  # (N, 1)
+        dlosses = dlosses.to(x.dtype).expand(len(y)).unsqueeze(1)  # (N, 1)
         q_y, q_all, sum_q = self._q(y)
         at_y, everywhere = -dlosses * q_y, dlosses * sum_q
         dx, dweight = torch.empty_like(xs), torch.zeros_like(W)

@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from handgrad.errors import ArgumentError, DtypeError, IndexRangeError, ShapeError
+from handgrad.arguments import floating, integer, number, refused
+from handgrad.errors import DtypeError, IndexRangeError, ShapeError
 from handgrad.layer import Layer, Spec, buffer
+from handgrad.pieces import in_float32, wide
 
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -46,9 +48,9 @@ class Loss(Layer):
     hands_on = True  # a dout of None stands for 1
     reduction: str = "mean"
 
-    def __init__(self, reduction: str = "mean") -> None:
+    def __init__(self, *, reduction: str = "mean") -> None:
         if reduction not in REDUCTIONS:
-            raise ArgumentError(f"{type(self).__name__}: reduction must be one of {REDUCTIONS}, got {reduction!r}")
+            raise refused(self, f"reduction must be one of {REDUCTIONS}, got {reduction!r}")
         self.reduction = reduction
 
     def reduce(self, losses: Tensor) -> Tensor:
@@ -56,14 +58,15 @@ class Loss(Layer):
         return losses if self.reduction == "none" else losses.sum() if self.reduction == "sum" else losses.mean()
 
     def dlosses(self, dout: Tensor | None, x: Tensor, count: int | Tensor) -> Tensor:
-        """The gradient of each element's loss, in x's dtype: like dout, or () where it is 1.
+        """The gradient of each element's loss: like dout, or () where it is 1.
 
-        It is dout, or dout/count for the mean, which is that of `count` elements (a number, or a tensor like x).
+        It is dout, or dout/count for the mean, which is that of `count` elements (a number, or a tensor like x). It has
+        x's dtype, but float32 for half precision, where 1/count may be too small.
         """
         share = 1 / count if self.reduction == "mean" else 1.0
         if dout is not None:
-            return dout * share
-        return share if isinstance(share, Tensor) else x.new_full((), share)
+            return in_float32(dout) * share
+        return share if isinstance(share, Tensor) else x.new_full((), share, dtype=wide(x.dtype))
 
     def check_like(self, x: Tensor, target: Tensor) -> None:
         """Raise unless x is floating and the target has its dtype and shape."""
@@ -77,6 +80,7 @@ class Loss(Layer):
 
     def _check_dout(self, dout: Any, spec: Spec) -> None:
         """Accept None, standing for 1, where the loss is a scalar."""
+        self._refuse_autocast("backward")
         if dout is not None:
             super()._check_dout(dout, spec)
         elif isinstance(spec, tuple) and spec[0]:
@@ -92,17 +96,17 @@ class ClassLoss(Loss):
     def __init__(
         self,
         weight: Tensor | None = None,
+        *,
         ignore_index: int = -100,
         label_smoothing: float = 0.0,
         reduction: str = "mean",
     ) -> None:
-        super().__init__(reduction)
-        kind = type(self).__name__
-        if not 0 <= label_smoothing <= 1:
-            raise ArgumentError(f"{kind}: label_smoothing must be in 0..1, got {label_smoothing}")
+        super().__init__(reduction=reduction)
+        self.weight = floating(self, "weight", weight)
         if weight is not None and weight.dim() != 1:
-            raise ArgumentError(f"{kind}: weight must be (C,), one per class, got shape {tuple(weight.shape)}")
-        self.weight, self.ignore_index, self.label_smoothing = weight, ignore_index, label_smoothing
+            raise refused(self, f"weight must be (C,), one per class, got shape {tuple(weight.shape)}")
+        self.ignore_index = integer(self, "ignore_index", ignore_index, None)
+        self.label_smoothing = number(self, "label_smoothing", label_smoothing, 0, 1)
 
     def check_target(self, target: Tensor) -> None:
         """Raise unless the target is a tensor of class indices."""

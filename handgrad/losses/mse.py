@@ -36,4 +36,4 @@ class MSE(Loss):
         # loss = (x - target)^2
         dlosses = self.dlosses(dout, diff, max(diff.numel(), 1))
         dx: Tensor = 2 * dlosses * diff
-        return dx
+        return dx.to(diff.dtype)

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from handgrad.arguments import number
 from handgrad.errors import ArgumentError, ShapeError
 from handgrad.layer import Layer
 from handgrad.layers.containers import total
@@ -40,11 +41,13 @@ class Losses(Loss):
             if not isinstance(loss, Loss) or loss.reduction == "none":
                 came = 'reduction="none"' if isinstance(loss, Loss) else type(loss).__name__
                 raise ArgumentError(f"Losses: every argument must be a Loss of one number, got {came} at {i}")
+        if weights is not None and not isinstance(weights, (list, tuple)):
+            raise ArgumentError(f"Losses: weights must be a list or a tuple of numbers, got {weights!r}")
         if not losses or (weights is not None and len(weights) != len(losses)):
             came = f"{len(losses)} losses" + ("" if weights is None else f" and {len(weights)} weights")
             raise ArgumentError(f"Losses: one or more losses are needed, and one weight per loss if any; got {came}")
         self.losses = list(losses)
-        self.weights = tuple(weights) if weights is not None else (1.0,) * len(losses)
+        self.weights = tuple([number(self, "each of weights", w) for w in weights or (1.0,) * len(losses)])
 
     def forward(self, x: tuple[Any, ...], target: tuple[Any, ...]) -> Tensor:
         for name, value in (("x", x), ("target", target)):

@@ -32,7 +32,9 @@ def test_errors_and_repr():
         SelfAttention(6, 2)(torch.zeros(2, 3, 5))
     with pytest.raises(ShapeError, match=r"got shape \(6,\)"):
         SelfAttention(6, 2)(torch.zeros(6))
-    assert repr(SelfAttention(6, 2, False, causal=True)) == "SelfAttention(6, num_heads=2, bias=False, causal=True)"
+    assert (
+        repr(SelfAttention(6, 2, bias=False, causal=True)) == "SelfAttention(6, num_heads=2, bias=False, causal=True)"
+    )
 
 
 def test_all_of_one_input_is_self_attention():

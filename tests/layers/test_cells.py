@@ -54,6 +54,6 @@ def test_errors_and_repr():
         LSTMCell(3, 4)([1.0])
     with pytest.raises(ArgumentError, match="RNNCell: nonlinearity must be 'tanh' or 'relu', got 'gelu'"):
         RNNCell(3, 4, nonlinearity="gelu")
-    with pytest.raises(ArgumentError, match="GRUCell: sizes must be at least 1, got 3 -> 0"):
+    with pytest.raises(ArgumentError, match="GRUCell: hidden_size must be an int of at least 1, got 0"):
         GRUCell(3, 0)
     assert repr(RNNCell(3, 4, False, "relu")) == "RNNCell(3 -> 4, bias=False, nonlinearity='relu')"

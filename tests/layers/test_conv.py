@@ -19,9 +19,11 @@ def test_errors_and_repr():
         Conv1d(2, 3, 4)(torch.zeros(5, 2, 8).double())
     with pytest.raises(ArgumentError, match="Conv1d: groups must divide the channels, got 2 for 3 -> 4"):
         Conv1d(3, 4, 1, groups=2)
-    with pytest.raises(ArgumentError, match=r"Conv2d: stride must be 2 number\(s\) of at least 1, got 0"):
+    with pytest.raises(ArgumentError, match="Conv2d: stride must be an int of at least 1, or 2 of them, got 0"):
         Conv2d(2, 3, 4, stride=0)
-    with pytest.raises(ArgumentError, match=r"Conv2d: kernel_size must be 2 number\(s\) of at least 1, got \(3,\)"):
+    with pytest.raises(
+        ArgumentError, match=r"Conv2d: kernel_size must be an int of at least 1, or 2 of them, got \(3,\)"
+    ):
         Conv2d(2, 3, (3,))
     with pytest.raises(ArgumentError, match=r"Conv1d: padding='same' needs stride 1, got \(2,\)"):
         Conv1d(2, 3, 4, stride=2, padding="same")

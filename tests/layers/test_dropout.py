@@ -72,3 +72,11 @@ def test_elements_are_drawn_by_themselves():
 def test_errors(p):
     with pytest.raises(ArgumentError, match=f"Dropout: p must be in 0..1, got {p}"):
         Dropout(p)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_small_p_drops_its_share_in_half_precision_too(dtype):
+    """Which has no uniform number between 0.996 and 1."""
+    out = Dropout(0.002, generator=torch.Generator().manual_seed(1))(torch.ones(1_000_000, dtype=dtype))
+    assert 1900 < int((out == 0).sum()) < 2100
+    assert out.dtype is dtype

@@ -136,7 +136,7 @@ def test_what_a_sequence_does_not_have_is_refused_with_the_way_to_compose_it():
         LSTM(3, 4, bidirectional=True)
     with pytest.raises(ArgumentError, match="RNN: nonlinearity must be 'tanh' or 'relu', got 'gelu'"):
         RNN(3, 4, nonlinearity="gelu")
-    with pytest.raises(ArgumentError, match="GRU: sizes must be at least 1, got 0 -> 4"):
+    with pytest.raises(ArgumentError, match="GRU: input_size must be an int of at least 1, got 0"):
         GRU(0, 4)
     with pytest.raises(TypeError, match="proj_size"):
         LSTM(3, 4, proj_size=2)
@@ -255,7 +255,7 @@ def test_unroll_errors_and_repr():
         Unroll(GRUCell(3, 4))(torch.zeros(2))
     with pytest.raises(ShapeError, match=r"^in 0\.cell \(GRUCell\(3 -> 4\)\): GRUCell"):
         Sequential(Unroll(GRUCell(3, 4)))(torch.zeros(2, 5, 2))
-    with pytest.raises(ArgumentError, match="Unroll: steps must be at least 1, got 0"):
+    with pytest.raises(ArgumentError, match="Unroll: steps must be an int of at least 1, got 0"):
         Unroll(GRUCell(3, 4), steps=0)
     with pytest.raises(ArgumentError, match="Unroll: cell must be a Layer, got int"):
         Unroll(3)

@@ -16,8 +16,12 @@ def test_errors_and_repr():
     for options, came in (({}, "None and None"), ({"size": 2, "scale_factor": 3}, "2 and 3")):
         with pytest.raises(ArgumentError, match=f"Upsample: one of size and scale_factor must be given, got {came}"):
             Upsample(**options)
-    for options, came in (({"size": 0}, "0 and None"), ({"scale_factor": (1.0, -1.0)}, r"None and \(1\.0, -1\.0\)")):
-        with pytest.raises(ArgumentError, match=f"Upsample: size and scale_factor must be above 0, got {came}"):
+    wrong = (
+        ({"size": 0}, "size must be an int of at least 1, got 0"),
+        ({"scale_factor": -1.0}, "scale_factor must be above 0, got -1.0"),
+    )
+    for options, problem in wrong:
+        with pytest.raises(ArgumentError, match=f"Upsample: {problem}"):
             Upsample(**options)
     with pytest.raises(TypeError, match="align_corners"):
         Upsample(2, align_corners=True)

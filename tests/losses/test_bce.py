@@ -20,7 +20,7 @@ def test_extremes_agree_with_torch(dtype, pos_weight):
         truth = binary_cross_entropy_with_logits(leaf, target, reduction="none", pos_weight=pos_weight)
         dout = torch.linspace(-1, 2, len(x), dtype=dtype)
         truth.backward(dout)
-        loss = BCEWithLogits(None, "none", pos_weight)
+        loss = BCEWithLogits(reduction="none", pos_weight=pos_weight)
         torch.testing.assert_close(loss(x, target), truth.detach())
         torch.testing.assert_close(loss.backward(dout), leaf.grad, rtol=1e-6, atol=1e-7)
 
@@ -37,4 +37,4 @@ def test_errors_and_repr():
         BCEWithLogits(pos_weight=torch.ones(2))(torch.zeros(4, 3), torch.zeros(4, 3))
     with pytest.raises(DtypeError, match=r"x must have the dtype of weight, torch\.float64, got torch\.float32"):
         BCEWithLogits(torch.ones(3).double())(torch.zeros(4, 3), torch.zeros(4, 3))
-    assert repr(BCEWithLogits(torch.ones(3), "sum")) == "BCEWithLogits(weight of shape (3,), reduction='sum')"
+    assert repr(BCEWithLogits(torch.ones(3), reduction="sum")) == "BCEWithLogits(weight of shape (3,), reduction='sum')"

@@ -87,7 +87,7 @@ def test_errors_and_repr():
         loss(torch.zeros(2, 3), torch.tensor([0, 5]))
     with pytest.raises(DtypeError, match="target must be an int64 tensor of class indices, got int"):
         loss(torch.zeros(2, 3), 3)
-    with pytest.raises(ArgumentError, match="LinearCrossEntropy: chunk_size must be at least 1, got 0"):
+    with pytest.raises(ArgumentError, match="LinearCrossEntropy: chunk_size must be an int of at least 1, got 0"):
         LinearCrossEntropy(3, 5, chunk_size=0)
     with pytest.raises(ArgumentError, match=r"LinearCrossEntropy: label_smoothing must be in 0\.\.1, got 2"):
         LinearCrossEntropy(3, 5, label_smoothing=2)

@@ -10,8 +10,8 @@ from handgrad import MSE, ArgumentError, ShapeError
 
 def test_errors():
     with pytest.raises(ArgumentError, match="MSE: reduction must be one of"):
-        MSE("avg")
-    loss = MSE("none")
+        MSE(reduction="avg")
+    loss = MSE(reduction="none")
     loss(torch.zeros(4), torch.zeros(4))
     with pytest.raises(ShapeError, match="only a scalar loss has a default dout"):
         loss.backward()

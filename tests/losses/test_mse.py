@@ -16,4 +16,4 @@ def test_errors_and_repr():
         loss(torch.zeros(4), torch.zeros(4, dtype=torch.int64))
     with pytest.raises(DtypeError, match="x must have a floating dtype"):
         loss(torch.zeros(4, dtype=torch.int64), torch.zeros(4))
-    assert repr(MSE("sum")) == "MSE(reduction='sum')"
+    assert repr(MSE(reduction="sum")) == "MSE(reduction='sum')"
