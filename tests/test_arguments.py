@@ -263,7 +263,7 @@ RIGHT_UNDER_AUTOCAST = {"Embedding": "a copy", "from_torch": "the module's own a
 OFF = r"torch\.autocast must be off, for a layer computes in the dtype of its parameters"
 
 
-@pytest.mark.parametrize("name", TWINS.keys() - RIGHT_UNDER_AUTOCAST.keys())
+@pytest.mark.parametrize("name", sorted(TWINS.keys() - RIGHT_UNDER_AUTOCAST.keys()))
 def test_autocast_is_refused_by_the_forward_of(name):
     layer, inputs = ordinary(name)
     for recording in (True, False):
@@ -276,7 +276,7 @@ def test_autocast_is_refused_by_the_forward_of(name):
         layer.drop_records()
 
 
-@pytest.mark.parametrize("name", TWINS.keys() - RIGHT_UNDER_AUTOCAST.keys())
+@pytest.mark.parametrize("name", sorted(TWINS.keys() - RIGHT_UNDER_AUTOCAST.keys()))
 def test_the_backward_is_right_under_autocast_or_refuses_in(name):
     """Where no operation of it is autocast's, it is what it is without."""
     layer, inputs = ordinary(name)
