@@ -122,7 +122,9 @@ OPTIONAL |= {
 
 @pytest.mark.parametrize(("name", "argument"), [(name, a) for name, (_, given) in MAKERS.items() for a in given])
 @pytest.mark.parametrize(
-    "value", [None, "a", math.nan, [1.5, 2.5, 3.5], object(), {}, torch.ones(2, 2), -1e9], ids=repr
+    "value",
+    [None, "a", math.nan, [1.5, 2.5, 3.5], object(), {}, torch.ones(2, 2), -1e9],
+    ids=lambda value: "object" if type(value) is object else repr(value),
 )
 def test_what_an_argument_cannot_be_is_refused(name, argument, value):
     """By an error of ours, whatever it is; None only where it means something."""
