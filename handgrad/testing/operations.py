@@ -1,8 +1,11 @@
-"""What a forward does, operation by operation: which random numbers it draws, and which tensors it reads.
+"""What a forward does, operation by operation: the random numbers it draws, its precision, the tensors it reads.
 
 Two right runs of a random layer can be compared only where they draw the same numbers in the same places. torch's draws
 depend on the dtype (float32 takes other numbers from the generator than float64) and on the layout (a mask like a
 transposed x is drawn in the order of its memory). `SameNumbers` makes them depend on the seed and the shape alone.
+
+A layer may compute in float32 on purpose, whatever comes in (``x.float()``). Its rounding would hide what a float64
+check looks for, so `InFloat64` has it compute the same in float64.
 """
 
 from __future__ import annotations
@@ -56,6 +59,42 @@ def _plain(value: Any) -> Any:
 
 def _converted(value: Any, dtype: torch.dtype) -> Any:
     return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+
+
+LOWER = (torch.float32, torch.float16, torch.bfloat16)  # than float64, in which layers are checked
+
+
+class Lowers(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Inside, notes which lower precision an operation gives to numbers that it takes in float64."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.to: torch.dtype | None = None
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if self.to is None and any(isinstance(t, Tensor) and t.dtype is torch.float64 for t in tree_leaves(args)):
+            self.to = next((t.dtype for t in tree_leaves(out) if isinstance(t, Tensor) and t.dtype in LOWER), None)
+        return out
+
+
+class InFloat64(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Inside, whoever asks for a lower precision, or makes a tensor in it, is given float64."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        args, kwargs = tree_map(_raised, (args, kwargs or {}))
+        out = func(*args, **kwargs)
+        made = not any(isinstance(t, Tensor) for t in tree_leaves((args, kwargs)))
+        if made or func.overloadpacket.__name__ == "lift_fresh":  # as torch.tensor does with what it has made
+            return tree_map(lambda t: t.double() if isinstance(t, Tensor) and t.dtype in LOWER else t, out)
+        return out
+
+
+def _raised(value: Any) -> Any:
+    return torch.float64 if isinstance(value, torch.dtype) and value in LOWER else value
 
 
 class _Reads(TorchDispatchMode):  # type: ignore[no-untyped-call]

@@ -109,7 +109,7 @@ def sample_of(
     subject.check_contract(layer)
     layer, inputs = subject.Packed(layer, subject.form_of(subject.as_tuple(x))), subject.flatten(x)
     others = tuple(t.flip(0) if t.dim() else t for t in inputs) if other is None else subject.flatten(other)
-    layer.random = subject.draws(subject.clone(layer), inputs)
+    subject.study(layer, inputs)
     douts = _normal_douts(layer, inputs, seed) if dout is None else subject.flatten(dout)
     oracle = Oracle(reference, module)
     return Sample(layer, inputs, douts, others, _normal_douts(layer, others, seed + 1), oracle, kinks or {}, seed)

@@ -83,7 +83,7 @@ def samples(draw: DrawFn, plan: Plan, edges: bool = False, special: bool = False
     subject.refuse_undeclared(layer, inputs)
     probe = subject.clone(layer)
     mine, theirs = (_outs(probe, each, edges, seed) for each in (inputs, other_inputs))
-    layer.random = subject.draws(probe, inputs)
+    subject.study(layer, inputs)
     return Sample(
         layer,
         inputs,
