@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
 
-from handgrad.tables import Shown, Table
+from handgrad.tables import WIDTH, Shown, Table
 from handgrad.testing import judge, subject
-from handgrad.testing.errors import CheckFailure
+from handgrad.testing.errors import CheckFailure, LayerCrash
 from handgrad.testing.hints import Hint, agreed, hints
+from handgrad.testing.properties.values import how_to_refuse
 from handgrad.testing.registry import PROPERTIES
 from handgrad.testing.sample import Sample
 
@@ -46,6 +48,7 @@ class Report(Shown):
     oracle: str = ""
     properties: list[PropertyReport] = field(default_factory=list)
     faults: dict[str, str] = field(default_factory=dict)  # planted fault: the property that killed it, or why not
+    never_varied: dict[str, Any] = field(default_factory=dict)  # the constructor's options that had one value only
 
     @property
     def seconds(self) -> float:
@@ -69,6 +72,9 @@ class Report(Shown):
             for p in self.properties
         ]
         parts: list[str | Table] = [f"{self.subject}: right, by {self.oracle}", "", Table([head, *body], "llrrrrrl")]
+        if self.never_varied:
+            values = ", ".join(f"{name}={value!r}" for name, value in self.never_varied.items())
+            parts += ["", *textwrap.wrap(f"never varied, so nothing is said about other values: {values}", WIDTH)]
         if self.faults:
             parts += ["", Table([["planted fault", "can this check notice it"], *self.faults.items()], "ll")]
         return parts
@@ -77,6 +83,8 @@ class Report(Shown):
 def failure_text(error: CheckFailure, name: str, s: Sample | None, rich: Sequence[Sample], again: str) -> str:
     """Everything that helps to find the mistake: what is wrong, a guess why, the smallest example, how to repeat it."""
     lines = [error.message]
+    if isinstance(error, LayerCrash) and s is not None:
+        lines += how_to_refuse(s.layer, error)
     if s is not None:
         lines += [f"  hint: {guess}" for guess in _guesses(error, name, s, rich)]
         lines += ["", *example(s)]

@@ -14,7 +14,7 @@ from handgrad.testing import judge, subject
 from handgrad.testing.oracle import Oracle, Truth
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Sample:
     """A layer in float64, its inputs and the douts to send back, and a second batch for it.
 
@@ -32,7 +32,12 @@ class Sample:
     policed: bool = True  # whether finite differences look at the oracle in this example
     suspects_oracle: bool = True  # whether they may do so at all
     made_by: str = ""  # how the layer was made, for the failure text
+    arguments: Mapping[str, Any] = field(default_factory=dict)  # what its constructor was called with
     scales: Mapping[str, float] = field(default_factory=dict)  # of gradients whose own size is no measure
+
+    def __repr__(self) -> str:
+        shapes = ", ".join(str(tuple(x.shape)) for x in self.inputs)
+        return f"Sample of {subject.name_of(self.layer)} for {shapes}"
 
     @cached_property
     def truth(self) -> Truth:

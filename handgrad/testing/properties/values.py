@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from handgrad.errors import HandgradError
+from handgrad.layer import Layer
 from handgrad.losses.loss import Loss
 from handgrad.testing import judge, rounding, subject
 from handgrad.testing.errors import ContractError, GradientMismatch, LayerCrash, OutputMismatch
@@ -114,6 +115,23 @@ def is_refusal(layer: Any, inputs: tuple[Any, ...], crash: LayerCrash) -> bool:
         return False
     named = any(type(inner).__name__ in str(cause) for _, inner in subject.named_layers(layer))
     return named and re.search(r"\((\d+,|\d+(, \d+)+)?\)", str(cause)) is not None  # a shape
+
+
+def how_to_refuse(layer: Any, crash: LayerCrash) -> list[str]:
+    """What to tell the author of a layer that crashed on an input with a size of 0 or 1."""
+    shapes = [tuple(x.shape) for x in crash.details["inputs"] if isinstance(x, Tensor)]
+    few = min((size for shape in shapes for size in shape), default=2)
+    if few > 1:
+        return []
+    shape = next(shape for shape in shapes if few in shape)
+    rows = "1 row" if few == 0 else "2 rows"
+    begin = 'self.error(ShapeError, "forward", f"' if isinstance(subject.unwrap(layer), Layer) else 'ValueError(f"Mine: '
+    return [
+        f"  If the layer cannot take a size of {few}, as in this input of shape {shape}, its forward must refuse it by "
+        "name and shape,",
+        f'  before anything is recorded: raise {begin}x must have at least {rows}, got {{tuple(x.shape)}}")',
+        f'  If such inputs never come: sizes={{"N": ({few + 1}, 4)}}, or skip={{"edges": "why they never come"}}.',
+    ]
 
 
 SATURATED = 64  # floors are 1e-3 of what is summed up; in float32 a saturated slope makes errors of a few percent of it
