@@ -29,7 +29,7 @@ from handgrad.testing.strategies import samples
 
 PHASES = (Phase.explicit, Phase.generate, Phase.shrink)  # of those that the profile has
 KEPT = 12  # samples of a property that the planted faults are tried on
-RICH = 4  # failing samples that hints are sought in, beside the smallest
+RICH = 6  # failing samples that hints are sought in, beside the smallest
 ELSEWHERE = ("generator", "device", "dtype")  # arguments that choose where, not what, to compute
 OPTION = (bool, int, float, str, type(None))  # what an argument is that chooses between ways to compute
 
@@ -313,6 +313,7 @@ class _Runner:
         """Run some more examples, for hints: those that failed so far may be too small to show a pattern."""
         if self.blob is None and Phase.shrink in hypothesis.settings().phases:
             self.collecting, self.examples = True, 15
+            self.plan = replace(self.plan, rich=self.prop.draws == "ordinary")
             with contextlib.suppress(CheckError, CheckFailure, Flaky, Unsatisfiable):
                 self._hypothesis()
 

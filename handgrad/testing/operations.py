@@ -10,8 +10,10 @@ check looks for, so `InFloat64` has it compute the same in float64.
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Callable, Iterable
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +24,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 RETURNED = "rand rand_like randn randn_like randint randint_like randperm multinomial normal poisson bernoulli"
 WRITTEN = "uniform_ normal_ random_ bernoulli_ exponential_ geometric_ log_normal_ cauchy_"
 DRAWS = frozenset([*RETURNED.split(), "native_dropout", *WRITTEN.split()])  # the operations that draw
+MACHINERY = (str(Path(torch.__file__).parent), str(Path(__file__).parent))  # whose lines are not the layer's own
 INTEGERS = ("randint", "randperm", "multinomial")  # what they draw is integer unless a dtype says otherwise
 
 
@@ -95,6 +98,29 @@ class InFloat64(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 def _raised(value: Any) -> Any:
     return torch.float64 if isinstance(value, torch.dtype) and value in LOWER else value
+
+
+class FirstNotFinite(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Inside, finds the line whose operation is the first to make NaN (or infinity) out of numbers without it."""
+
+    def __init__(self, nan: bool) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.bad, self.word = (torch.isnan, "NaN") if nan else (torch.isinf, "infinity")
+        self.where = ""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        spoilt = not self.where and self._any(args)
+        out = func(*args, **(kwargs or {}))
+        if not self.where and not spoilt and self._any(out):
+            frames = traceback.extract_stack()
+            own = next((f for f in reversed(frames) if not f.filename.startswith(MACHINERY)), frames[0])
+            name = func.overloadpacket.__name__
+            self.where = f"{self.word} first appears in {own.name}, line {own.lineno}: `{own.line}` ({name})"
+        return out
+
+    def _any(self, values: Any) -> bool:
+        floating = [t for t in tree_leaves(values) if isinstance(t, Tensor) and t.is_floating_point()]
+        return any(bool(self.bad(t).any()) for t in floating)
 
 
 class _Reads(TorchDispatchMode):  # type: ignore[no-untyped-call]

@@ -66,6 +66,7 @@ class Plan:
     form: tuple[Any, ...] = ()  # the nesting of the inputs, where some are in tuples
     implied: Mapping[str, Any] = field(default_factory=dict)  # the options that nobody named, with all their values
     long: str = ""  # the size that is LONG
+    rich: bool = False  # whether sizes are large ones, and all values normals
 
     @cached_property
     def arguments(self) -> tuple[str, ...]:
@@ -98,8 +99,8 @@ class Plan:
         return _default(self.make, name)
 
     def grown(self, name: str) -> Plan:
-        """The same plan, with this size LONG."""
-        return replace(self, long=name)
+        """The same plan, with this size LONG, and the others large."""
+        return replace(self, long=name, rich=True)
 
     def reference_for(self, drawn: Mapping[str, Any]) -> Callable[..., Any] | None:
         """The reference, told the options that nobody named."""

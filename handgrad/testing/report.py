@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -12,8 +11,8 @@ from torch import Tensor
 
 from handgrad.tables import WIDTH, Shown, Table
 from handgrad.testing import judge, subject
-from handgrad.testing.errors import CheckFailure, LayerCrash
-from handgrad.testing.hints import Hint, agreed, hints
+from handgrad.testing.errors import CheckError, CheckFailure, LayerCrash
+from handgrad.testing.hints import SAID, Finding, agreed, hints
 from handgrad.testing.properties.values import how_to_refuse
 from handgrad.testing.registry import PROPERTIES
 from handgrad.testing.sample import Sample
@@ -96,26 +95,29 @@ def failure_text(error: CheckFailure, name: str, s: Sample | None, rich: Sequenc
 
 
 def _guesses(error: CheckFailure, name: str, s: Sample, rich: Sequence[Sample]) -> list[str]:
-    """Up to three hints. The example shown is the smallest, and may be too small for a pattern that a rich one has."""
-    others: dict[str, list[Hint]] = {}
+    """The hints. The example shown is the smallest, and may be too small for a pattern that richer ones have."""
+    own, others = _finding(error, name, s), []
     for other in rich:
-        if other.richness() <= s.richness():
-            continue
-        shapes = ", ".join(f"{x} {tuple(t.shape)}" for x, t in subject.named("x", other.inputs).items())
-        others.setdefault(shapes, _hints_in(error, name, other))
-    return agreed(_hints_in(error, name, s), others)[:3]
+        finding = _finding(error, name, other) if other.richness() > s.richness() else None
+        if finding is not None and not finding.accidental and own is not None and finding.kind == own.kind:
+            shapes = ", ".join(f"{x} {tuple(t.shape)}" for x, t in subject.named("x", other.inputs).items())
+            others.append((shapes, hints(finding)))
+    shown = [] if own is None or (own.accidental and not others) else hints(own)
+    return agreed(shown, others)[:SAID]
 
 
-def _hints_in(error: CheckFailure, name: str, s: Sample) -> list[Hint]:
-    """The hints that an example gives, if the same tensor is wrong in it as in `error`."""
+def _finding(error: CheckFailure, name: str, s: Sample) -> Finding | None:
+    """What is wrong in an example, if it is the same tensor as in `error`."""
     try:
         PROPERTIES[name].check(s)
     except CheckFailure as first:
         for failure in (first, *first.details.get("also", ())):
-            if failure.details.get("tensor") == error.details.get("tensor"):
-                with contextlib.suppress(Exception):  # a guess must never hide the failure that it is about
-                    return hints(s, {**failure.details, "property": name})
-    return []
+            tensor = failure.details.get("tensor")
+            if tensor is not None and tensor == error.details.get("tensor"):
+                return Finding(s, tensor, failure.details.get("got"), failure.details.get("want"), name)
+    except CheckError:
+        pass
+    return None
 
 
 def example(s: Sample) -> list[str]:

@@ -39,6 +39,9 @@ class Sample:
         shapes = ", ".join(str(tuple(x.shape)) for x in self.inputs)
         return f"Sample of {subject.name_of(self.layer)} for {shapes}"
 
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        printer.text(repr(self))
+
     @cached_property
     def truth(self) -> Truth:
         """What the oracle says."""

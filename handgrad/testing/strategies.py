@@ -24,6 +24,7 @@ from handgrad.testing.properties.values import is_refusal
 from handgrad.testing.sample import Sample
 
 SIZES = (1, 4)
+RICH = (2, 5)  # of examples that must show more than an accident
 FAR = (0.0, 30.0, -30.0, 800.0, -800.0, 1.0, -0.5, 1e-3)
 
 
@@ -65,18 +66,18 @@ def samples(draw: DrawFn, plan: Plan, edges: bool = False, special: bool = False
     """
     seed = draw(st.integers(0, 2**20))
     generator = torch.Generator().manual_seed(seed)
-    generous = random.Random(f"{plan.long} {seed}") if plan.long else None  # so that the first example is no trivial one
-    drawn: dict[str, Any] = {name: _option(draw, values, generous) for name, values in plan.options.items()}
-    drawn.update(_sizes(draw, plan, plan.names, edges))
+    chance = random.Random(f"{plan.long} {seed}") if plan.rich else None  # for hypothesis begins with the least of all
+    drawn: dict[str, Any] = {name: _option(draw, chance, values) for name, values in plan.options.items()}
+    drawn.update(_sizes(draw, chance, plan, plan.names, edges))
     with subject.private_rng(seed):
         layer, arguments = _built(plan, drawn)
         module = plan.build_module(drawn)
     subject.check_contract(layer)
-    each = None if plan.long else draw  # so many numbers come from the generator
+    each = None if plan.rich else draw  # so many numbers come from the generator
     for name, param in subject.parameters(layer).items():
         if param.is_floating_point():
             param.data = _within(_values(each, generator, param.shape), plan.ranges.get(name))
-    others = {**drawn, **_sizes(draw, plan, [name for name in plan.names if name not in plan.arguments], False)}
+    others = {**drawn, **_sizes(draw, chance, plan, [name for name in plan.names if name not in plan.arguments], False)}
     inputs = tuple(_input(each, generator, plan, item, drawn, special) for item in plan.inputs)
     other_inputs = tuple(_input(None, generator, plan, item, others) for item in plan.inputs)
     if subject.has_modes(layer):
@@ -179,35 +180,45 @@ def _bytes(draw: DrawFn, n: int) -> Tensor:
     return torch.tensor(list(draw(st.binary(min_size=n, max_size=n))), dtype=torch.int64)
 
 
-def _option(draw: DrawFn, values: Any, generous: random.Random | None) -> Any:
+def _option(draw: DrawFn, chance: random.Random | None, values: Any) -> Any:
     if isinstance(values, SearchStrategy):
         return draw(values)
-    return draw(st.sampled_from(list(values))) if generous is None else generous.choice(list(values))
+    return draw(st.sampled_from(list(values))) if chance is None else chance.choice(list(values))
 
 
-def _sizes(draw: DrawFn, plan: Plan, names: Sequence[str], edges: bool) -> dict[str, Any]:
-    """Draw a size for each name, and a tuple of sizes for each star; the largest ones beside a LONG one."""
+def _sizes(
+    draw: DrawFn, chance: random.Random | None, plan: Plan, names: Sequence[str], edges: bool
+) -> dict[str, Any]:
+    """Draw a size for each name, and a tuple of sizes for each star; by `chance` large ones."""
+    if chance is not None:
+        return {name: _large(chance, plan, name) for name in names}
     found: dict[str, Any] = {}
     forced = draw(st.sampled_from(list(names))) if edges and names else None
     for name in names:
         if name.startswith("*"):
             low, high = plan.sizes.get(name, (0, 3))
-            rank = max(low, 1) if plan.long else draw(st.integers(low, high))
-            found[name] = (2,) * rank if plan.long else tuple(draw(st.integers(1, 3)) for _ in range(rank))
+            rank = draw(st.integers(low, high))
+            found[name] = tuple(draw(st.integers(1, 3)) for _ in range(rank))
             if name == forced and rank:
                 found[name] = (draw(st.integers(0, 1)), *found[name][1:])
-            if name == plan.long:
-                found[name] = (LONG,)
-        elif name == plan.long:
-            found[name] = LONG
         else:
             low, high = plan.sizes.get(name, SIZES)
-            found[name] = high if plan.long else draw(st.integers(low, high))
+            found[name] = draw(st.integers(low, high))
             if name == forced and name not in plan.arguments and not any(i.below == name for i in plan.inputs):
                 found[name] = draw(st.integers(0, 1))
             elif name == forced:
                 found[name] = low
     return found
+
+
+def _large(chance: random.Random, plan: Plan, name: str) -> Any:
+    """A size, or a tuple of them for a star, in the upper half of its range; LONG where it is to be."""
+    if name.startswith("*"):
+        low, high = plan.sizes.get(name, (1, 2))
+        rank = chance.randint(max(low, min(1, high)), high)
+        return (LONG,) if name == plan.long else tuple(chance.randint(2, 4) for _ in range(rank))
+    low, high = plan.sizes.get(name, RICH)
+    return LONG if name == plan.long else chance.randint((low + high) // 2, high)
 
 
 def _input(
