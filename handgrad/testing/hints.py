@@ -61,7 +61,9 @@ def agreed(shown: Sequence[Hint], others: Sequence[tuple[str, Sequence[Hint]]]) 
     they give it and its text has numbers, with the name of the first. Without richer ones, whatever the example shown gives is said.
     """
     if not others:
-        alone = [replace(h, meanings=tuple(m for m in h.meanings if ANYWHERE not in m)) if h.meanings else h for h in shown]
+        alone = [
+            replace(h, meanings=tuple(m for m in h.meanings if ANYWHERE not in m)) if h.meanings else h for h in shown
+        ]
         return [str(hint) for hint in alone if hint.meanings != ()]
     support = Counter(key for _, found in others for key in {hint.key for hint in found})
     own = {hint.key: hint for hint in shown}
@@ -100,7 +102,8 @@ class Finding:
             return "not finite" if torch.isfinite(want).all() else ""
         if self.prop == "accumulation":
             return "accumulation"
-        return "value" if self.prop in AGAINST_TRUTH and torch.isfinite(want).all() else ""
+        exact = self.sample.truth.source != "finite differences"  # nothing equals those
+        return "value" if exact and self.prop in AGAINST_TRUTH and torch.isfinite(want).all() else ""
 
     @property
     def accidental(self) -> bool:
@@ -300,9 +303,17 @@ def _another_dout(f: Finding) -> Iterator[Hint]:
 
 
 @guess("value")
+def _lower_precision(f: Finding) -> Iterator[Hint]:
+    if judge.largest(f.off) < 1e-5 * judge.largest(f.want):
+        yield Hint("it is right but for rounding, which is not that of float64: backward computes in float32 somewhere")
+
+
+@guess("value")
 def _exchanged(f: Finding) -> Iterator[Hint]:
+    parameters = subject.parameters(f.sample.layer)
     for other, grad in f.sample.truth.grads.items():
-        if other != f.name and grad is not None and judge.largest(grad) > 0 and _close(f.got, grad):
+        alike = other != f.name and (other in parameters) == (f.name in parameters)
+        if alike and grad is not None and judge.largest(grad) > 0 and _close(f.got, grad):
             yield Hint(f"it is the right one of {other}: are the two exchanged?")
 
 
@@ -314,7 +325,7 @@ def _factor(f: Finding) -> Iterator[Hint]:
         return
     ratios = f.got[clear] / f.want[clear]
     ratio = float(ratios.mean())
-    if abs(ratio) < 1e-9 or judge.largest(ratios - ratio) > 1e-6 * abs(ratio):
+    if abs(ratio) < 1e-9 or abs(ratio - 1) < 1e-5 or judge.largest(ratios - ratio) > 1e-6 * abs(ratio):
         return
     if abs(ratio + 1) < 1e-9:
         yield Hint("the sign is wrong")
@@ -415,7 +426,9 @@ def _another_record(f: Finding) -> Iterator[Hint]:
     for i, old in enumerate(saved):
         if not isinstance(old, Tensor):
             continue
-        changed = {f"{n} in place of {labels[i]}": t for n, t in others.items() if t.shape == old.shape and n != labels[i]}
+        changed = {
+            f"{n} in place of {labels[i]}": t for n, t in others.items() if t.shape == old.shape and n != labels[i]
+        }
         if old.dtype is torch.bool:
             changed = {f"{labels[i]} turned round (~{labels[i]})": ~old}
         elif old.dim() == 2 and old.shape[0] == old.shape[1]:
@@ -547,22 +560,18 @@ def _right_when(f: Finding) -> Iterator[Hint]:
 @guess("value in part")
 def _same_along_a_dimension(f: Finding) -> Iterator[Hint]:
     """The mark of a wrong sum: along a dimension it is off by one number, or by one times x or out."""
-    bases = {"": torch.ones_like(f.off), **{n: t for n, t in f.at_hand.items() if t.shape == f.off.shape}}
-    for dim in range(f.off.dim()):
-        if f.off.shape[dim] < 3:  # any two numbers are multiples of any other two, with a constant added
-            continue
-        for name, base in bases.items():
-            if _close(f.off, _fitted(f.off, [base], dim), judge.largest(f.off)):
-                what = f"a multiple of {name}" if name else "the same amount"
-                text = f"it is off by {what} all along dimension {dim}: a sum or mean over it is missing, or not right"
-                yield Hint(text, f"sum {name}")
-                return
-    for dim in range(f.off.dim()):
-        for name, base in bases.items():
-            if name and f.off.shape[dim] > 3 and _close(f.off, _fitted(f.off, [bases[""], base], dim), judge.largest(f.off)):
-                text = f"it is off by a constant and a multiple of {name} along dimension {dim}: two sums or means over "
-                yield Hint(f"{text}it are missing, or not right (as those of a mean and a variance)", f"sums {name}")
-                return
+    one = torch.ones_like(f.off)
+    alike = {name: t for name, t in f.at_hand.items() if t.shape == f.off.shape}
+    candidates = [("the same amount", [one]), *((f"a multiple of {name}", [t]) for name, t in alike.items())]
+    candidates += [(f"a constant and a multiple of {name}", [one, t]) for name, t in alike.items()]
+    for what, bases in candidates:
+        # any two numbers are multiples of any other two, and any three with a constant added
+        long = [dim for dim, size in enumerate(f.off.shape) if size > len(bases) + 1]
+        dims = [str(dim) for dim in long if _close(f.off, _fitted(f.off, bases, dim), judge.largest(f.off))]
+        if dims:
+            text = f"it is off by {what} all along dimension {' and '.join(dims)}: a sum or mean over it is missing, or not"
+            yield Hint(f"{text} right{', or two: those of a mean and a variance' if len(bases) > 1 else ''}", what)
+            return
 
 
 def _fitted(off: Tensor, bases: list[Tensor], dim: int) -> Tensor:
@@ -583,7 +592,11 @@ def _sum_over_another_dimension(f: Finding) -> Iterator[Hint]:
             share = f.off / base
             rows, columns = share - share.mean(0), share - share.mean(1, keepdim=True)
             rest, size = rows + columns - share + share.mean(), judge.largest(share)
-            if _close(rest, 0 * rest, size) and not _close(rows, 0 * rows, size) and not _close(columns, 0 * rest, size):
+            if (
+                _close(rest, 0 * rest, size)
+                and not _close(rows, 0 * rows, size)
+                and not _close(columns, 0 * rest, size)
+            ):
                 yield Hint("a sum or mean in it runs over the wrong dimension", "wrong dimension")
                 return
 
@@ -621,7 +634,9 @@ def _only_some_indices(f: Finding) -> Iterator[Hint]:
             where = "the last index" if last == size - 1 else f"index {first}"
             yield Hint(f"it is wrong only at {where} of dimension {dim}", f"only at one of {dim}")
         elif size > FEW and first > 1 and hit[first:].all():
-            yield Hint(f"it is right up to index {first - 1} of dimension {dim}, and wrong from there on", "from one on")
+            yield Hint(
+                f"it is right up to index {first - 1} of dimension {dim}, and wrong from there on", "from one on"
+            )
 
 
 # ---------------------------------------------------------------- what all of them share

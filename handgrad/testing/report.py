@@ -82,7 +82,7 @@ class Report(Shown):
 def failure_text(error: CheckFailure, name: str, s: Sample | None, rich: Sequence[Sample], again: str) -> str:
     """Everything that helps to find the mistake: what is wrong, a guess why, the smallest example, how to repeat it."""
     lines = [error.message]
-    if isinstance(error, LayerCrash) and s is not None:
+    if isinstance(error, LayerCrash) and s is not None and all(_has_few(other) for other in rich):
         lines += how_to_refuse(s.layer, error)
     if s is not None:
         lines += [f"  hint: {guess}" for guess in _guesses(error, name, s, rich)]
@@ -118,6 +118,11 @@ def _finding(error: CheckFailure, name: str, s: Sample) -> Finding | None:
     except CheckError:
         pass
     return None
+
+
+def _has_few(s: Sample) -> bool:
+    """Whether a size is 0 or 1."""
+    return any(size <= 1 for x in s.inputs for size in x.shape)
 
 
 def example(s: Sample) -> list[str]:

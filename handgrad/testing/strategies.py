@@ -186,9 +186,7 @@ def _option(draw: DrawFn, chance: random.Random | None, values: Any) -> Any:
     return draw(st.sampled_from(list(values))) if chance is None else chance.choice(list(values))
 
 
-def _sizes(
-    draw: DrawFn, chance: random.Random | None, plan: Plan, names: Sequence[str], edges: bool
-) -> dict[str, Any]:
+def _sizes(draw: DrawFn, chance: random.Random | None, plan: Plan, names: Sequence[str], edges: bool) -> dict[str, Any]:
     """Draw a size for each name, and a tuple of sizes for each star; by `chance` large ones."""
     if chance is not None:
         return {name: _large(chance, plan, name) for name in names}

@@ -16,10 +16,11 @@ from handgrad.testing import check_layer, check_loss
 
 
 class Mistake(NamedTuple):
-    """One wrong backward: how it is checked, and the verdict on its hint.
+    """One wrong backward: how it is checked, and the verdict on its hints.
 
     `hint` is what the first hint must say; empty where there must be none. `verdict` is a person's judgement of it:
-    "leads" to the mistake, "near" it (the term, the dimension or the elements to look at), or "silent".
+    it "leads" to the mistake, or "near" it (to the term, the dimension or the elements to look at); "told": the failure
+    itself says it; "silent": nobody does.
     """
 
     what: str
@@ -27,6 +28,7 @@ class Mistake(NamedTuple):
     x: Any
     verdict: str
     hint: str
+    also: tuple[str, ...] = ()  # the same of the further hints
     check: Callable[..., Any] = check_layer
     more: dict[str, Any] = {}  # noqa: RUF012  # read only
 
@@ -34,11 +36,20 @@ class Mistake(NamedTuple):
 MISTAKES: list[Mistake] = []
 
 
-def mistake(what: str, x: Any, verdict: str, hint: str, make: Any = None, check: Any = check_layer, **more: Any) -> Any:
+def mistake(
+    what: str,
+    x: Any,
+    verdict: str,
+    hint: str,
+    make: Any = None,
+    check: Any = check_layer,
+    also: tuple[str, ...] = (),
+    **more: Any,
+) -> Any:
     """Register a class, made of the sizes that `make` hands on."""
 
     def register(cls: Any) -> Any:
-        MISTAKES.append(Mistake(what, make(cls) if make else cls, x, verdict, hint, check, more))
+        MISTAKES.append(Mistake(what, make(cls) if make else cls, x, verdict, hint, also, check, more))
         return cls
 
     return register
@@ -77,13 +88,12 @@ class Affine(Layer):
         return out
 
 
-@mistake("bias not summed over the batch", "N D", "leads", "bias was broadcast on the way to out, so its gradient must be "
-         "summed back", sized, skip={"edges": "no rows"})
+@mistake("bias not summed over the batch", "N D", "told", "the gradient of bias must be (1,)", sized)
 class BiasNotSummed(Affine):
     def backward(self, dout):
         x, weight = self.pop(dout)
-        self.weight.grad = x.t() @ dout
-        self.bias.grad = dout.clone()
+        self.add_grad(self.weight, x.t() @ dout)
+        self.add_grad(self.bias, dout.clone())
         return dout @ weight.t()
 
 
@@ -105,7 +115,14 @@ class BiasFirstRow(Affine):
         return dout @ weight.t()
 
 
-@mistake("weight transposed in dx", "N D", "leads", "it is right with weight transposed", square)
+@mistake(
+    "weight transposed in dx",
+    "N D",
+    "leads",
+    "it is right with weight transposed",
+    square,
+    also=("it is right with weight transposed in what backward reads", "it is right when weight = 1"),
+)
 class WeightTransposed(Affine):
     def backward(self, dout):
         x, weight = self.pop(dout)
@@ -140,8 +157,13 @@ class BiasForgotten(Affine):
         return dout @ weight.t()
 
 
-@mistake("the gradient of a sum over the batch shared out", "N D", "leads", "times the right one, which is 1/(x.shape[0])",
-         sized)
+@mistake(
+    "the gradient of a sum over the batch shared out",
+    "N D",
+    "leads",
+    "times the right one, which is 1/(x.shape[0])",
+    sized,
+)
 class SharedOut(Affine):
     def backward(self, dout):
         x, weight = self.pop(dout)
@@ -179,7 +201,13 @@ class TanhOfX(Layer):
         return dout * (1 - x * x)
 
 
-@mistake("sigmoid's second factor", "*N", "leads", "times (1 - out) it is right: that factor is missing")
+@mistake(
+    "sigmoid's second factor",
+    "*N",
+    "leads",
+    "times (1 - out) it is right: that factor is missing",
+    also=("minus dout * out^2 it is right",),
+)
 class HalfSigmoid(Elementwise):
     def function(self, x):
         return torch.sigmoid(x)
@@ -188,7 +216,7 @@ class HalfSigmoid(Elementwise):
         return dout * out
 
 
-@mistake("tanh without the square", "*N", "silent", "")
+@mistake("tanh without the square", "*N", "near", "plus dout * out (1 - out) it is right")
 class TanhWithoutSquare(Elementwise):
     def function(self, x):
         return torch.tanh(x)
@@ -197,7 +225,13 @@ class TanhWithoutSquare(Elementwise):
         return dout * (1 - out)
 
 
-@mistake("the square's 2", "*N", "leads", "it is 0.5 times the right one, which is 0.5 in every example")
+@mistake(
+    "the square's 2",
+    "*N",
+    "leads",
+    "it is 0.5 times the right one, which is 0.5 in every example",
+    also=("plus dout * x it is right",),
+)
 class HalfSquare(Elementwise):
     def function(self, x):
         return x * x
@@ -224,7 +258,7 @@ class Cosine(Elementwise):
         return dout * torch.sin(x)
 
 
-@mistake("the product rule's second term", "*N", "leads", "plus dout * ")
+@mistake("swish with a factor for another", "*N", "silent", "")
 class Swish(Elementwise):
     def function(self, x):
         return x * torch.sigmoid(x)
@@ -245,8 +279,13 @@ class WrongMask(Layer):
         return dout * ~mask
 
 
-@mistake("leaky relu's negative side", "*N", "near", "it is wrong where x < 0, everywhere there and only there",
-         kinks={0.0: None})
+@mistake(
+    "leaky relu's negative side",
+    "*N",
+    "near",
+    "it is wrong where x < 0, everywhere there and only there",
+    kinks={0.0: None},
+)
 class Leaky(Elementwise):
     def function(self, x):
         return torch.where(x > 0, x, 0.2 * x)
@@ -255,8 +294,15 @@ class Leaky(Elementwise):
         return dout * (x > 0)
 
 
-@mistake("an option that backward does not know", "*N", "leads", "it is right when slope = 1",
-         lambda cls: lambda slope: cls(slope), options={"slope": [0.3, 0.7, 1.5]})
+@mistake(
+    "an option that backward does not know",
+    "*N",
+    "leads",
+    "times the right one, which is 1/slope",
+    lambda cls: lambda slope: cls(slope),
+    options={"slope": [0.3, 0.7, 1.5]},
+    also=("it is right when slope = 1",),
+)
 class Scaled(Layer):
     def __init__(self, slope=1.0):
         self.slope = slope
@@ -271,22 +317,23 @@ class Scaled(Layer):
         return dout * torch.cos(self.slope * x)
 
 
-@mistake("log of what may be zero", "*N", "leads", "first appears in backward, line")
-class SqrtOfSquare(Layer):
+@mistake("a sign by division", "*N", "leads", "`return dout * (x / x.abs())` (div)", kinks={0.0: 0.0})
+class Magnitude(Layer):
     def forward(self, x):
-        out = (x * x + 1).sqrt()
-        self.push(x, out=out)
-        return out
+        self.push(x, out=x)
+        return x.abs()
 
     def backward(self, dout):
         (x,) = self.pop(dout)
-        return dout * x * x / x / (x * x + 1).sqrt() * torch.log(x * 0) / torch.log(x * 0)
+        return dout * (x / x.abs())
 
 
 # ---------------------------------------------------------------- sums over a dimension
 
 
-@mistake("softmax without the other classes", "N C", "leads", "what it does to the others is missing", sizes={"C": (2, 4)})
+@mistake(
+    "softmax without the other classes", "N C", "leads", "what it does to the others is missing", sizes={"C": (2, 4)}
+)
 class SoftmaxDiagonal(Elementwise):
     def function(self, x):
         return torch.softmax(x, -1)
@@ -295,7 +342,13 @@ class SoftmaxDiagonal(Elementwise):
         return dout * out * (1 - out)
 
 
-@mistake("softmax without the sum", "N C", "near", "it is off by a multiple of out all along dimension 1", sizes={"C": (2, 4)})
+@mistake(
+    "softmax without the sum",
+    "N C",
+    "near",
+    "it is off by a multiple of out all along dimension 1",
+    sizes={"C": (2, 4)},
+)
 class SoftmaxNoSum(Elementwise):
     def function(self, x):
         return torch.softmax(x, -1)
@@ -304,8 +357,14 @@ class SoftmaxNoSum(Elementwise):
         return dout * out
 
 
-@mistake("softmax's sum over the batch", "N C", "leads", "a sum or mean in it runs over the wrong dimension",
-         sizes={"N": (3, 5), "C": (3, 5)}, skip={"edges": "not what it is about"})
+@mistake(
+    "softmax's sum over the batch",
+    "N C",
+    "leads",
+    "a sum or mean in it runs over the wrong dimension",
+    sizes={"N": (3, 5), "C": (3, 5)},
+    skip={"edges": "not what it is about"},
+)
 class SoftmaxOverBatch(Elementwise):
     def function(self, x):
         return torch.softmax(x, -1)
@@ -314,7 +373,13 @@ class SoftmaxOverBatch(Elementwise):
         return out * (dout - (dout * out).sum(0, keepdim=True))
 
 
-@mistake("the mean's own gradient forgotten", "N D", "near", "it is off by the same amount all along dimension 1")
+@mistake(
+    "the mean's own gradient forgotten",
+    "N D",
+    "near",
+    "it is off by the same amount all along dimension 1",
+    also=("it equals dout: as if the layer were the identity",),
+)
 class Centred(Layer):
     def forward(self, x):
         out = x - x.mean(-1, keepdim=True)
@@ -353,23 +418,35 @@ class Standardized(Layer):
         return out
 
 
-@mistake("statistics taken for constants", "N D", "leads", "it is off by a constant and a multiple of ", sizes={"D": (2, 6)})
+@mistake(
+    "statistics taken for constants", "N D", "leads", "it is off by a constant and a multiple of ", sizes={"D": (2, 6)}
+)
 class ConstantStatistics(Standardized):
     def backward(self, dout):
         _, _, rstd = self.pop(dout)
         return dout * rstd
 
 
-@mistake("the variance's path forgotten", "N D", "near", "it is off by a multiple of out all along dimension 1",
-         sizes={"D": (2, 6)})
+@mistake(
+    "the variance's path forgotten",
+    "N D",
+    "near",
+    "it is off by a multiple of out all along dimension 1",
+    sizes={"D": (2, 6)},
+)
 class NoVariancePath(Standardized):
     def backward(self, dout):
         _, out, rstd = self.pop(dout)
         return rstd * (dout - dout.mean(-1, keepdim=True))
 
 
-@mistake("n - 1 in the variance's path", "N D", "near", "it is off by a multiple of out all along dimension 1",
-         sizes={"D": (2, 6)})
+@mistake(
+    "n - 1 in the variance's path",
+    "N D",
+    "near",
+    "it is off by a multiple of out all along dimension 1",
+    sizes={"D": (2, 6)},
+)
 class OneLess(Standardized):
     def backward(self, dout):
         _, out, rstd = self.pop(dout)
@@ -443,7 +520,14 @@ class Gain(Layer):
         self.add_grad(self.weight, grad.reshape(-1, self.weight.numel()).sum(0))
 
 
-@mistake("weight forgotten in dx", "*N D", "leads", "times weight it is right: that factor is missing", rows)
+@mistake(
+    "weight forgotten in dx",
+    "*N D",
+    "leads",
+    "times weight it is right: that factor is missing",
+    rows,
+    also=("it is right when weight = 1",),
+)
 class WeightForgotten(Gain):
     def backward(self, dout):
         x, _ = self.pop(dout)
@@ -460,8 +544,14 @@ class WrongFactor(Gain):
         return dout * weight * (1 - torch.tanh(x) ** 2)
 
 
-@mistake("out, which has the weight, for tanh x", "N D", "leads", "divided by weight it is right: that factor is one too many",
-         rows)
+@mistake(
+    "out, which has the weight, for tanh x",
+    "N D",
+    "leads",
+    "divided by weight it is right: that factor is one too many",
+    rows,
+    also=("it is right when weight = 1",),
+)
 class OutForInside(Gain):
     def backward(self, dout):
         x, weight = self.pop(dout)
@@ -470,7 +560,14 @@ class OutForInside(Gain):
         return dout * weight * (1 - h * h)
 
 
-@mistake("weight divided by, not multiplied with", "N D", "leads", "it is right when weight = 1", rows)
+@mistake(
+    "weight divided by, not multiplied with",
+    "N D",
+    "leads",
+    "times weight^2 it is right: that factor is missing",
+    rows,
+    also=("it is right when weight = 1",),
+)
 class Divided(Gain):
     def backward(self, dout):
         x, weight = self.pop(dout)
@@ -482,7 +579,13 @@ class Divided(Gain):
 # ---------------------------------------------------------------- several inputs, uses and indices
 
 
-@mistake("the factors of a product exchanged", ["*N", "*N"], "leads", "it is the right one of dx[1]: are the two exchanged?")
+@mistake(
+    "the factors of a product exchanged",
+    ["*N", "*N"],
+    "leads",
+    "it is the right one of dx[1]: are the two exchanged?",
+    also=("it is right with y in place of x in what backward reads",),
+)
 class Product(Layer):
     def forward(self, x, y):
         self.push(x, y, out=x)
@@ -504,8 +607,13 @@ class Plus(Layer):
         return dout.clone(), dout.clone()
 
 
-@mistake("a sum that forgets the direct way", "N D", "leads", "plus dout it is right",
-         lambda cls: lambda D: cls(Sequential(Linear(D, D), Tanh())))
+@mistake(
+    "a sum that forgets the direct way",
+    "N D",
+    "leads",
+    "plus dout it is right",
+    lambda cls: lambda D: cls(Sequential(Linear(D, D), Tanh())),
+)
 class Skip(Layer):
     def __init__(self, body):
         self.body = body
@@ -520,8 +628,13 @@ class Skip(Layer):
         return self.body.backward_at("body", dout)
 
 
-@mistake("a layer used twice, its backwards first to last", ["N D", "N D"], "leads", "run the backwards in reverse",
-         lambda cls: lambda D: cls(Linear(D, 3)))
+@mistake(
+    "a layer used twice, its backwards first to last",
+    ["N D", "N D"],
+    "leads",
+    "run the backwards in reverse",
+    lambda cls: lambda D: cls(Linear(D, 3)),
+)
 class Tower(Layer):
     def __init__(self, tower):
         self.tower = tower
@@ -550,7 +663,13 @@ class Table(Layer):
         return out
 
 
-@mistake("equal indices assigned", "N < V", "leads", "of equal indices only the last one arrived", lambda c: lambda V, D: c(V, D))
+@mistake(
+    "equal indices assigned",
+    "N < V",
+    "leads",
+    "of equal indices only the last one arrived",
+    lambda c: lambda V, D: c(V, D),
+)
 class LastIndex(Table):
     def backward(self, dout):
         (x,) = self.pop(dout)
@@ -574,8 +693,16 @@ class Maximum(Layer):
 # ---------------------------------------------------------------- losses
 
 
-@mistake("the mean over the rows alone", ("N D", "N D"), "leads", "times the right one, which is x[0].shape[1]", None, check_loss,
-         options={"reduction": ["mean"]}, skip={"edges": "no rows"})
+@mistake(
+    "the mean over the rows alone",
+    ("N D", "N D"),
+    "leads",
+    "times the right one, which is x[0].shape[1]",
+    None,
+    check_loss,
+    options={"reduction": ["mean"]},
+    skip={"edges": "no rows"},
+)
 class Squared(Loss):
     def forward(self, x, target):
         out = ((x - target) ** 2).mean()
@@ -587,8 +714,15 @@ class Squared(Loss):
         return 2 * diff / len(diff) * (1 if dout is None else dout)
 
 
-@mistake("dout of the unreduced loss ignored", ("N D", "N D"), "leads", "it is the same for another dout", None, check_loss,
-         skip={"edges": "no rows"})
+@mistake(
+    "dout of the unreduced loss ignored",
+    ("N D", "N D"),
+    "leads",
+    "it is the same for another dout",
+    None,
+    check_loss,
+    skip={"edges": "no rows"},
+)
 class Absolute(Loss):
     def forward(self, x, target):
         diff = x - target

@@ -125,7 +125,9 @@ def how_to_refuse(layer: Any, crash: LayerCrash) -> list[str]:
         return []
     shape = next(shape for shape in shapes if few in shape)
     rows = "1 row" if few == 0 else "2 rows"
-    begin = 'self.error(ShapeError, "forward", f"' if isinstance(subject.unwrap(layer), Layer) else 'ValueError(f"Mine: '
+    begin = (
+        'self.error(ShapeError, "forward", f"' if isinstance(subject.unwrap(layer), Layer) else 'ValueError(f"Mine: '
+    )
     return [
         f"  If the layer cannot take a size of {few}, as in this input of shape {shape}, its forward must refuse it by "
         "name and shape,",
