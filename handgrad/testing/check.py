@@ -57,9 +57,9 @@ def check_layer(
     x           the input, or a list with one entry per input of forward (a tuple of entries where that input is
                 a tuple), by its dimensions: ``"*N D"`` any number
                 of leading dimensions and one of size D, ``"N T < V"`` integers below V; `handgrad.testing.SYNTAX`.
-    options     values, or hypothesis strategies, for other arguments of make: ``{"bias": [True, False]}``. Without being
-                named, `reduction` is drawn from mean, sum and none where make takes it, and so does whoever judges. The
-                report names what the layer's constructor takes and what was never given a second value.
+    options     values, or hypothesis strategies, for other arguments of make: ``{"bias": [True, False]}``. `reduction`
+                need not be named: it is drawn from mean, sum and none where make takes it, and so does whoever judges.
+                The report names what the layer's constructor takes and what was never given a second value.
     sizes       from and to, where a size cannot be 1 to 4, or a star 0 to 3 dimensions: ``{"L": (3, 6)}``. The other
                 sizes are also tried at 131, one at a time, with handgrad's own blocks made smaller than that.
     ranges      from and to, where a parameter cannot take any value: ``{"temperature": (0.5, 2)}``.
@@ -78,7 +78,8 @@ def check_layer(
 
     A layer that draws random numbers, from torch's generator or its own, is given the same ones in the same places in
     all runs that are compared, whatever their dtype and layout; a reference or module that draws in the same order gets
-    them, too. Frozen parameters must get no gradient. An output that is not floating, such as indices, has no dout:
+    them, too. A forward that computes in float32 whatever comes in, does so in float64 while values are judged, and the
+    report says so. Frozen parameters must get no gradient. An output that is not floating, such as indices, has no dout:
     backward gets None for it.
 
     Returns a Report. Raises GradientMismatch, OutputMismatch, ContractError or LayerCrash (all of them

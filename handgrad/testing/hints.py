@@ -57,8 +57,9 @@ class Hint:
 def agreed(shown: Sequence[Hint], others: Sequence[tuple[str, Sequence[Hint]]]) -> list[str]:
     """What to say of the example shown, which is the smallest, after a look at richer ones that fail as well.
 
-    A hint is said if at least half of the richer ones give it, with the meanings that it has in all of them; where only
-    they give it and its text has numbers, with the name of the first. Without richer ones, whatever the example shown gives is said.
+    A hint is said if at least half of the richer ones give it, with the meanings that it has in all of them. Where only
+    they give it, and its text is about numbers of one example, that one is named. Without richer ones, whatever the
+    example shown gives is said.
     """
     if not others:
         alone = [
@@ -78,7 +79,7 @@ def agreed(shown: Sequence[Hint], others: Sequence[tuple[str, Sequence[Hint]]]) 
 
 @dataclass(frozen=True)
 class Finding:
-    """A wrong gradient in one example."""
+    """A wrong gradient in one example; or a backward that crashed, which has no name."""
 
     sample: Sample
     name: str  # of the gradient: dx, dx[1], or a parameter
@@ -90,6 +91,8 @@ class Finding:
     def kind(self) -> str:
         """What is wrong with it: which guesses there are."""
         got, want = self.got, self.want
+        if not self.name:
+            return "crash"
         if not isinstance(got, Tensor):
             return "missing" if self.name in subject.parameters(self.sample.layer) else ""
         if not isinstance(want, Tensor):
@@ -250,6 +253,7 @@ def _latest_alone(f: Finding) -> Iterator[Hint]:
 # ---------------------------------------------------------------- wrong values: another gradient than the right one
 
 
+@guess("crash")
 @guess("shape")
 @guess("value")
 def _order_of_uses(f: Finding) -> Iterator[Hint]:
@@ -569,8 +573,10 @@ def _same_along_a_dimension(f: Finding) -> Iterator[Hint]:
         long = [dim for dim, size in enumerate(f.off.shape) if size > len(bases) + 1]
         dims = [str(dim) for dim in long if _close(f.off, _fitted(f.off, bases, dim), judge.largest(f.off))]
         if dims:
-            text = f"it is off by {what} all along dimension {' and '.join(dims)}: a sum or mean over it is missing, or not"
-            yield Hint(f"{text} right{', or two: those of a mean and a variance' if len(bases) > 1 else ''}", what)
+            text = (
+                f"it is off by {what} all along dimension {' and '.join(dims)}: a sum or mean over it is missing, or "
+            )
+            yield Hint(f"{text}not right{', or two: those of a mean and a variance' if len(bases) > 1 else ''}", what)
             return
 
 
@@ -587,7 +593,7 @@ def _sum_over_another_dimension(f: Finding) -> Iterator[Hint]:
     """Off by a number per row and one per column: one sum is there too often, and another one is missing."""
     if f.off.dim() != 2 or min(f.off.shape) < 3:
         return
-    for name, base in {"": torch.ones_like(f.off), **f.at_hand}.items():
+    for base in (torch.ones_like(f.off), *f.at_hand.values()):
         if base.shape == f.off.shape and bool((base.abs() > 1e-3).all()):
             share = f.off / base
             rows, columns = share - share.mean(0), share - share.mean(1, keepdim=True)

@@ -144,7 +144,7 @@ def _implied(plan: Plan) -> dict[str, Any]:
     its own forward can judge.
     """
     judges = [judge for judge in (plan.reference, plan.module) if judge is not None]
-    own = not isinstance(plan.make, type) or plan.make.__init__ is not Loss.__init__
+    own = getattr(plan.make, "__init__", None) is not Loss.__init__
     takes = all(_default(f, "reduction") in REDUCTIONS for f in (plan.make, *judges))
     unnamed = "reduction" not in {*plan.options, *plan.names}
     return {"reduction": REDUCTIONS} if takes and unnamed and (own or not judges) else {}

@@ -110,6 +110,12 @@ def _finding(error: CheckFailure, name: str, s: Sample) -> Finding | None:
     """What is wrong in an example, if it is the same tensor as in `error`."""
     try:
         PROPERTIES[name].check(s)
+    except LayerCrash as crash:
+        return (
+            Finding(s, "", None, None, name)
+            if isinstance(error, LayerCrash) and crash.details["method"] == "backward"
+            else None
+        )
     except CheckFailure as first:
         for failure in (first, *first.details.get("also", ())):
             tensor = failure.details.get("tensor")

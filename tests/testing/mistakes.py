@@ -436,7 +436,7 @@ class ConstantStatistics(Standardized):
 )
 class NoVariancePath(Standardized):
     def backward(self, dout):
-        _, out, rstd = self.pop(dout)
+        _, _, rstd = self.pop(dout)
         return rstd * (dout - dout.mean(-1, keepdim=True))
 
 
@@ -681,7 +681,7 @@ class LastIndex(Table):
 @mistake("a maximum that all elements get", "N D", "silent", "", distinct=True)
 class Maximum(Layer):
     def forward(self, x):
-        out, where = x.max(-1)
+        out = x.amax(-1)
         self.push(x, out=out)
         return out
 

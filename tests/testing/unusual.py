@@ -1,4 +1,4 @@
-"""Right layers that are not like most: random in every mode, float32 inside, tied maxima, views, bool inputs and more."""
+"""Right layers that are not like most: random in every mode, float32 inside, tied maxima, views, bool inputs, ..."""
 
 from __future__ import annotations
 
