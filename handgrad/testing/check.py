@@ -78,9 +78,9 @@ def check_layer(
 
     A layer that draws random numbers, from torch's generator or its own, is given the same ones in the same places in
     all runs that are compared, whatever their dtype and layout; a reference or module that draws in the same order gets
-    them, too. A forward that computes in float32 whatever comes in, does so in float64 while values are judged, and the
-    report says so. Frozen parameters must get no gradient. An output that is not floating, such as indices, has no dout:
-    backward gets None for it.
+    them, too. A forward that computes in float32 whatever comes in computes in float64 while values are judged, and the
+    report says so. Frozen parameters must get no gradient. An output that is not floating, such as indices, has no
+    dout: backward gets None for it.
 
     Returns a Report. Raises GradientMismatch, OutputMismatch, ContractError or LayerCrash (all of them
     CheckFailure and AssertionError) where the layer is wrong, with the smallest example found; VacuousCheck or

@@ -584,7 +584,7 @@ def _fitted(off: Tensor, bases: list[Tensor], dim: int) -> Tensor:
     """The combination of the bases that is nearest to `off`, with factors of its own along each line of `dim`."""
     lines = off.movedim(dim, -1).reshape(-1, off.shape[dim], 1)
     columns = torch.stack([b.movedim(dim, -1).reshape(-1, off.shape[dim]) for b in bases], -1)
-    fitted = columns @ torch.linalg.pinv(columns) @ lines
+    fitted: Tensor = columns @ torch.linalg.pinv(columns) @ lines
     return fitted.view(off.movedim(dim, -1).shape).movedim(-1, dim)
 
 
