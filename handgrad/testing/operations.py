@@ -76,8 +76,10 @@ class Lowers(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        if self.to is None and any(isinstance(t, Tensor) and t.dtype is torch.float64 for t in tree_leaves(args)):
-            self.to = next((t.dtype for t in tree_leaves(out) if isinstance(t, Tensor) and t.dtype in LOWER), None)
+        outs = out if isinstance(out, (tuple, list)) else (out,)
+        made = next((t.dtype for t in outs if isinstance(t, Tensor) and t.dtype in LOWER), None)
+        if made is not None and any(isinstance(t, Tensor) and t.dtype is torch.float64 for t in tree_leaves(args)):
+            self.to = self.to or made
         return out
 
 

@@ -98,7 +98,7 @@ class Sample:
 
     def key(self) -> int:
         """A hash of everything in the example, to count distinct ones."""
-        return hash((repr(self.layer), *((tuple(t.shape), str(t.tolist())) for t in self.tensors())))
+        return hash((repr(self.layer), *((t.shape, *t.flatten().tolist()) for t in self.tensors())))
 
 
 def sample_of(
