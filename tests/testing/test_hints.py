@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from handgrad import Embedding, Layer, Linear, Parallel, Sequential, Tanh, parameter
-from handgrad.testing import CheckFailure, check_layer
-from handgrad.testing.hints import Hint, agreed
+from handgrad.testing import CheckFailure, check_layer, judge
+from handgrad.testing.hints import Finding, Hint, agreed, hints
+from handgrad.testing.sample import sample_of
 
 
 @pytest.fixture(autouse=True)
@@ -426,3 +427,12 @@ def test_another_mistake_in_a_layer_used_twice_is_not_laid_at_the_order():
         return Sequential(wrong, Tanh(), wrong)
 
     assert not any("in reverse" in hint for hint in hints_of(twice, "N D"))
+
+
+def test_what_is_wrong_by_less_than_a_guess_can_see_gets_no_hint():
+    """In one tiny element among large ones, by rounding: every guess would find that it fits."""
+    s = sample_of(Linear(2, 2).to(torch.float64), torch.ones(3, 2, dtype=torch.float64))
+    want = s.truth.grads["weight"]
+    finding = Finding(s, "weight", want + 1e-11 * judge.largest(want), want, "special")
+    assert hints(finding) == []
+    assert Finding(s, "weight", want + 1e-3 * judge.largest(want), want, "special").kind == "value"
