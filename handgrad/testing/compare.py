@@ -30,7 +30,7 @@ def compare(layer: Any, module: torch.nn.Module, x: Any, *, steps: int = 3, seed
     """
     subject.check_contract(layer)
     ours = subject.Packed(subject.cast(subject.clone(layer), torch.float64), subject.form_of(subject.as_tuple(x)))
-    ours.random = subject.draws(subject.clone(ours), tuple(_vary(t, 0) for t in subject.flatten(x)))
+    subject.study(ours, tuple(_vary(t, 0) for t in subject.flatten(x)))
     call, theirs = Oracle(module=lambda: subject.clone(module)).bind(ours)
     frozen = subject.frozen(ours)
     for name, param in subject.parameters(theirs).items():

@@ -1,9 +1,19 @@
-"""Cheap tests that guess what a wrong gradient lacks. Each is tried on a failing example, and may be silent."""
+"""Guesses at what a wrong gradient lacks: cheap tests of candidate mistakes, tried on failing examples.
+
+Each guess is a function registered with `guess` under the kind of failure that it is about. It is given a Finding (one
+wrong gradient in one example) and yields a Hint for whatever it finds there. What one example shows may be an accident,
+of small sizes, of zeros and ones; so a guess is said only if the other failing examples show it, too (`agreed`).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import contextlib
+import inspect
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -12,7 +22,13 @@ from torch import Tensor
 from handgrad.layer import Layer
 from handgrad.testing import judge, subject
 from handgrad.testing.errors import CheckFailure
+from handgrad.testing.operations import FirstNotFinite
 from handgrad.testing.sample import Sample
+
+SAID = 3  # hints at most
+AGAINST_TRUTH = ("gradients", "edges", "special")  # the properties whose `want` is the right gradient of the example
+ANYWHERE = " in every example"  # of a number that comes from none of the example's own
+FEW = 64  # elements of an x that the diagonal of a Jacobian is computed for
 
 
 @dataclass(frozen=True)
@@ -21,8 +37,7 @@ class Hint:
 
     text: str
     kind: str = ""  # where the text names numbers of its example
-    meanings: tuple[str, ...] = ()  # what the number in the text may stem from
-    weak: bool = False  # a small example can show it by accident: said only where all richer ones show it, too
+    meanings: tuple[str, ...] | None = None  # what the number in the text may be; without one left it says nothing
 
     @property
     def key(self) -> str:
@@ -31,103 +46,301 @@ class Hint:
 
     def also(self, other: Hint) -> Hint:
         """The same hint with only the meanings that the other one has, too."""
+        if self.meanings is None or other.meanings is None:
+            return self
         return replace(self, meanings=tuple(m for m in self.meanings if m in other.meanings))
 
     def __str__(self) -> str:
         return f"{self.text}, which is {' or '.join(self.meanings[:3])}" if self.meanings else self.text
 
 
-def agreed(shown: Sequence[Hint], others: Mapping[str, Sequence[Hint]]) -> list[str]:
+def agreed(shown: Sequence[Hint], others: Sequence[tuple[str, Sequence[Hint]]]) -> list[str]:
     """What to say of the example shown, which is the smallest, after a look at richer ones that fail as well.
 
-    A hint that the richer ones give, too, is said with the meanings that hold in all of them. A hint that only they
-    give is said with the name of the first. A hint that only the smallest gives may come from its being so small: it
-    is said where there is no other, and never if it is weak.
+    A hint is said if at least half of the richer ones give it, with the meanings that it has in all of them. Where only
+    they give it, and its text is about numbers of one example, that one is named. Without richer ones, whatever the
+    example shown gives is said.
     """
+    if not others:
+        alone = [
+            replace(h, meanings=tuple(m for m in h.meanings if ANYWHERE not in m)) if h.meanings else h for h in shown
+        ]
+        return [str(hint) for hint in alone if hint.meanings != ()]
+    support = Counter(key for _, found in others for key in {hint.key for hint in found})
+    own = {hint.key: hint for hint in shown}
     known: dict[str, tuple[str, Hint]] = {}
-    for name, found in others.items():
+    for name, found in others:
         for hint in found:
-            first, same = known.get(hint.key, (name, hint))
-            known[hint.key] = (first, same.also(hint))
-    everywhere = [{hint.key for hint in found} for found in others.values()]
-    known = {k: (n, h) for k, (n, h) in known.items() if not h.weak or all(k in keys for keys in everywhere)}
-    lines = [str(hint.also(known.pop(hint.key)[1])) for hint in shown if hint.key in known]
-    lines += [f"on another example, {name}: {hint}" for name, hint in known.values()]
-    return lines or [str(hint) for hint in shown if not hint.weak]
+            where, so_far = known.get(hint.key) or (("", own[hint.key]) if hint.key in own else (name, hint))
+            known[hint.key] = where, so_far.also(hint)
+    said = [(where, h) for key, (where, h) in known.items() if 2 * support[key] >= len(others) and h.meanings != ()]
+    return [f"on another example, {where}: {hint}" if where and hint.kind else str(hint) for where, hint in said]
 
 
-def hints(s: Sample, details: dict[str, Any]) -> list[Hint]:
-    """Guesses at what a failure with these details lacks; the most telling first."""
-    got, want = details.get("got"), details.get("want")
+@dataclass(frozen=True)
+class Finding:
+    """A wrong gradient in one example; or a backward that crashed, which has no name."""
+
+    sample: Sample
+    name: str  # of the gradient: dx, dx[1], or a parameter
+    got: Any
+    want: Any
+    prop: str = "gradients"  # which property it fails
+
+    @cached_property
+    def kind(self) -> str:
+        """What is wrong with it: which guesses there are."""
+        got, want = self.got, self.want
+        if not self.name:
+            return "crash"
+        if not isinstance(got, Tensor):
+            return "missing" if self.name in subject.parameters(self.sample.layer) else ""
+        if not isinstance(want, Tensor):
+            return "unwanted"
+        if got.shape != want.shape:
+            return "shape"
+        if got.dtype is not want.dtype:
+            return "dtype"
+        if not torch.isfinite(got).all():
+            return "not finite" if torch.isfinite(want).all() else ""
+        if self.prop == "accumulation":
+            return "accumulation"
+        if self.prop not in AGAINST_TRUTH or self.sample.truth.source == "finite differences":  # nothing equals those
+            return ""
+        return "" if not torch.isfinite(want).all() or _close(got, want) else "value"
+
+    @property
+    def accidental(self) -> bool:
+        """Whether so many numbers of the example are 0 or 1 that what it shows means nothing."""
+        s = self.sample
+        numbers = [t for t in (*s.inputs, *subject.parameters(s.layer).values()) if t.is_floating_point()]
+        plain = bool(numbers) and all(bool(((t == 0) | (t == 1)).all()) for t in numbers)
+        return plain or (self.kind == "value" and judge.largest(self.want) == 0)
+
+    @cached_property
+    def off(self) -> Tensor:
+        """How far off it is."""
+        off: Tensor = self.got - self.want
+        return off
+
+    @cached_property
+    def at_hand(self) -> dict[str, Tensor]:
+        """The floating tensors that a formula may have used: inputs, outputs and parameters."""
+        s = self.sample
+        found = {**subject.named("x", s.inputs), **s.truth.outs, **subject.parameters(s.layer)}
+        return {name: t for name, t in found.items() if t.is_floating_point() and t.numel()}
+
+    @cached_property
+    def dout(self) -> Tensor | None:
+        """The dout, if there is one alone."""
+        return self.sample.douts[0] if len(self.sample.douts) == 1 else None
+
+    def truth_with(self, layer: Any = None, douts: tuple[Tensor, ...] | None = None) -> Tensor | None:
+        """The right gradient of another layer object, or for other douts."""
+        s = self.sample
+        return s.oracle.truth(layer or s.layer, s.inputs, douts or s.douts, s.seed).grads.get(self.name)
+
+    def is_right_in(self, layer: Any) -> bool:
+        """Whether the gradient of this other layer object is right, and tells something."""
+        other = self.sample.with_layer(layer)
+        got, want = other.result.grads.get(self.name), other.truth.grads.get(self.name)
+        if got is None or want is None or not any(_various(out) for out in other.truth.outs.values()):
+            return False
+        return judge.largest(want) > 0 and _close(got, want)
+
+
+Guess = Callable[[Finding], Iterator[Hint]]
+GUESSES: dict[str, list[Guess]] = {}
+"""The guesses, by the kind of failure, the most telling first."""
+
+
+def guess(kind: str) -> Callable[[Guess], Guess]:
+    """Register a guess about failures of this kind."""
+
+    def register(function: Guess) -> Guess:
+        GUESSES.setdefault(kind, []).append(function)
+        return function
+
+    return register
+
+
+def hints(finding: Finding) -> list[Hint]:
+    """What the guesses say of it; the most telling first. A guess that fails says nothing.
+
+    Where no guess explains the whole gradient, those may speak that say something about a part of it.
+    """
     found: list[Hint] = []
-    if isinstance(got, Tensor) and isinstance(want, Tensor) and got.is_floating_point():
-        if got.shape == want.shape:
-            if details.get("property") == "accumulation":
-                found += _latest_alone(s, details)
-            else:
-                found += [*_special(s, got, want), *_exchanged(s, details["tensor"], got, want)]
-                found += [*_ratio(s, got, want), *_last_use(s, details)]
-                found += [*_difference(got, want), *_proportional(s, got, want)]
-        else:
-            found += _shape(s, details["tensor"], got, want)
-    elif isinstance(want, Tensor) and got is None and details.get("tensor") in subject.parameters(s.layer):
-        found.append(Hint("backward never adds to it: add_grad(parameter, gradient)"))
-    elif isinstance(got, Tensor) and want is None and details.get("tensor") in subject.frozen(s.layer):
-        found.append(Hint("it is frozen: add_grad(parameter, gradient) passes it over, writing to .grad does not"))
-    if details.get("property") == "gradients":
-        found = [*_order_of_uses(s), *found, *_passes_when(s, details)]
+    for kind in (finding.kind, f"{finding.kind} in part"):
+        for function in GUESSES.get(kind, ()) if not found else ():
+            with contextlib.suppress(Exception):
+                found += function(finding)
     return found
 
 
-def _special(s: Sample, got: Tensor, want: Tensor) -> Iterator[Hint]:
-    if not torch.isfinite(got).all() and torch.isfinite(want).all():
-        yield Hint("not finite where the right gradient is")
-    elif judge.largest(got) == 0 and judge.largest(want) > 0:
-        yield Hint("backward gives zeros everywhere", weak=True)
-    elif got.dim() == 2 and got.shape[0] == got.shape[1] and got.shape[0] > 1 and _close(got.t(), want):
+# ---------------------------------------------------------------- no gradient, or of another shape or dtype
+
+
+@guess("missing")
+def _never_added(f: Finding) -> Iterator[Hint]:
+    yield Hint("backward never adds to it: add_grad(parameter, gradient)")
+
+
+@guess("unwanted")
+def _frozen(f: Finding) -> Iterator[Hint]:
+    if f.name in subject.frozen(f.sample.layer):
+        yield Hint("it is frozen: add_grad(parameter, gradient) passes it over, writing to .grad does not")
+
+
+@guess("dtype")
+def _another_dtype(f: Finding) -> Iterator[Hint]:
+    wanted = str(f.want.dtype).removeprefix("torch.")
+    made = str(f.got.dtype).removeprefix("torch.")
+    yield Hint(f"backward computes in {made}: convert what it returns and adds to {wanted}, with .to(dout.dtype)")
+
+
+@guess("shape")
+def _same_numbers_in_another_shape(f: Finding) -> Iterator[Hint]:
+    shape = tuple(f.want.shape)
+    if f.got.numel() != f.want.numel():
+        return
+    if f.got.dim() == 2 and _close(f.got.t(), f.want):
+        yield Hint("it is transposed")
+    elif _close(f.got.reshape(shape), f.want):
+        yield Hint(f"its numbers are right: a reshape to {shape} is missing", "reshape")
+
+
+@guess("shape")
+def _not_summed(f: Finding) -> Iterator[Hint]:
+    shape = tuple(f.want.shape)
+    if f.got.numel() > f.want.numel() and _close(f.got.sum_to_size(shape), f.want):
+        x = f.name.removeprefix("d")
+        yield Hint(f"{x} was broadcast on the way to out, so its gradient must be summed back to {shape}", "broadcast")
+
+
+@guess("shape")
+def _summed_too_far(f: Finding) -> Iterator[Hint]:
+    for dim in range(f.want.dim()):
+        for keep in (True, False):
+            summed = f.want.sum(dim, keepdim=keep)
+            if summed.shape == f.got.shape and _close(f.got, summed):
+                yield Hint(f"it is summed over dimension {dim}, which it must keep", "summed")
+                return
+
+
+# ---------------------------------------------------------------- not finite
+
+
+@guess("not finite")
+def _first_not_finite(f: Finding) -> Iterator[Hint]:
+    """Nothing else can be said of NaN, which compares with nothing."""
+    s, twin = f.sample, f.sample.copy()
+    with subject.recording(s.seed), FirstNotFinite(nan=bool(torch.isnan(f.got).any())) as first:
+        subject.forward(twin, s.inputs)
+        subject.backward(twin, s.inputs, s.douts)
+    if first.where:
+        yield Hint(first.where)
+
+
+# ---------------------------------------------------------------- added, or not
+
+
+@guess("accumulation")
+def _latest_alone(f: Finding) -> Iterator[Hint]:
+    alone = f.sample.result.grads.get(f.name)
+    if alone is not None and _close(f.got, alone):
+        yield Hint("it holds the latest gradient alone: backward assigns .grad where it must add (add_grad does)")
+
+
+# ---------------------------------------------------------------- wrong values: another gradient than the right one
+
+
+@guess("crash")
+@guess("shape")
+@guess("value")
+def _order_of_uses(f: Finding) -> Iterator[Hint]:
+    """All is right once the layers that forward uses several times give their records in the other order."""
+    s, twin = f.sample, f.sample.copy()
+    with subject.recording(s.seed):
+        subject.forward(twin, s.inputs)
+        inside = [(path, layer) for path, layer in subject.named_layers(twin) if isinstance(layer, Layer)]
+        several = [(path, layer, len(layer._records)) for path, layer in inside if len(layer._records) > 1]
+        for _, layer, _ in several:
+            layer._records.reverse()
+        got = {**subject.backward(twin, s.inputs, s.douts), **subject.gradients(twin)} if several else {}
+    wanted = [(got.get(n), g) for n, g in s.truth.grads.items() if g is not None]
+    if several and all(mine is not None and _close(mine, g) for mine, g in wanted):
+        path, layer, uses = several[0]
+        yield Hint(
+            f"forward uses {path} ({type(layer).__name__}) {uses} times, and it is right when the first backward takes "
+            "the first of its records: run the backwards in reverse, that of the last use first"
+        )
+
+
+@guess("value")
+def _zeros(f: Finding) -> Iterator[Hint]:
+    if judge.largest(f.got) == 0:
+        yield Hint("backward gives zeros everywhere")
+
+
+@guess("value")
+def _transposed(f: Finding) -> Iterator[Hint]:
+    if f.got.dim() == 2 and f.got.shape[0] == f.got.shape[1] and _close(f.got.t(), f.want):
         yield Hint("it is the transpose of the right one")
-    for name, dout in subject.named("dout", s.douts).items():
-        if dout.shape == got.shape and _close(got, dout) and not _close(want, dout):
-            yield Hint(f"it equals {name}: as if the layer were the identity")
-        elif dout.shape == got.shape[: dout.dim()] and not _close(got, want):
-            factor = dout.reshape(*dout.shape, *[1] * (got.dim() - dout.dim()))
-            if _close(got * factor, want):
-                yield Hint(f"times {name} it is right: {name} is forgotten")
 
 
-def _exchanged(s: Sample, name: str, got: Tensor, want: Tensor) -> Iterator[Hint]:
-    """Whether it is another tensor's gradient."""
-    for other, grad in s.truth.grads.items():
-        if other == name or grad is None or judge.largest(grad) == 0:
-            continue
-        if _close(got, grad) and not _close(want, grad):
+@guess("value")
+def _through_a_transpose(f: Finding) -> Iterator[Hint]:
+    """It is the gradient by another layer, whose square matrix is turned round."""
+    for name, p in subject.parameters(f.sample.layer).items():
+        if p.dim() == 2 and p.shape[0] == p.shape[1] and not _close(p.t(), p):
+            twin = f.sample.copy()
+            subject.parameters(twin)[name].copy_(p.t())
+            other = f.truth_with(twin)
+            if other is not None and _close(f.got, other):
+                yield Hint(f"it is right with {name} transposed: backward goes through it the wrong way")
+
+
+@guess("value")
+def _another_dout(f: Finding) -> Iterator[Hint]:
+    changed = f.sample.run(douts=tuple(1.5 * d + 0.7 for d in f.sample.douts)).grads.get(f.name)
+    if changed is not None and judge.largest(f.got) > 0 and _close(changed, f.got):
+        yield Hint("it is the same for another dout: dout is forgotten")
+
+
+@guess("value")
+def _lower_precision(f: Finding) -> Iterator[Hint]:
+    if judge.largest(f.off) < 1e-5 * judge.largest(f.want):
+        yield Hint("it is right but for rounding, which is not that of float64: backward computes in float32 somewhere")
+
+
+@guess("value")
+def _exchanged(f: Finding) -> Iterator[Hint]:
+    parameters = subject.parameters(f.sample.layer)
+    for other, grad in f.sample.truth.grads.items():
+        alike = other != f.name and (other in parameters) == (f.name in parameters)
+        if alike and grad is not None and judge.largest(grad) > 0 and _close(f.got, grad):
             yield Hint(f"it is the right one of {other}: are the two exchanged?")
 
 
-def _ratio(s: Sample, got: Tensor, want: Tensor) -> Iterator[Hint]:
-    """A constant factor between the two, and what it equals."""
-    clear = want.abs() > 1e-6 * max(judge.largest(want), 1e-12)
-    if not clear.any() or not _close(got[~clear], want[~clear]):
+@guess("value")
+def _factor(f: Finding) -> Iterator[Hint]:
+    """A constant factor, if it is a number of the example, or the same in every one."""
+    clear = f.want.abs() > 1e-6 * max(judge.largest(f.want), 1e-12)
+    if not clear.any() or not _close(f.got[~clear], f.want[~clear]):
         return
-    ratios = got[clear] / want[clear]
+    ratios = f.got[clear] / f.want[clear]
     ratio = float(ratios.mean())
-    if (
-        not torch.isfinite(ratios).all()
-        or judge.largest(ratios - ratio) > 1e-6 * abs(ratio)
-        or ratio == 0
-        or abs(ratio - 1) < 1e-9
-    ):
+    if abs(ratio) < 1e-9 or abs(ratio - 1) < 1e-5 or judge.largest(ratios - ratio) > 1e-6 * abs(ratio):
         return
     if abs(ratio + 1) < 1e-9:
         yield Hint("the sign is wrong")
-        return
-    meanings = tuple(name for name, value in _numbers(s).items() if abs(ratio - value) < 1e-6 * abs(value))
-    if meanings or int(clear.sum()) > 1:  # any two numbers have some ratio
-        yield Hint(f"it is {ratio:.6g} times the right one", "ratio", meanings)
+    else:
+        meanings = [name for name, value in _numbers(f.sample).items() if abs(ratio - value) < 1e-6 * abs(value)]
+        yield Hint(f"it is {ratio:.6g} times the right one", "ratio", (*meanings, f"{ratio:.6g}{ANYWHERE}"))
 
 
 def _numbers(s: Sample) -> dict[str, float]:
-    """Numbers of the example that a factor may stem from: sizes, n - 1, their inverses, lone parameters."""
+    """Numbers of the example that a factor may stem from: sizes, n - 1, their inverses, lone parameters, options."""
     found: dict[str, float] = {}
     inputs, outs = subject.named("x", s.inputs), subject.named("out", s.douts)
     shapes = {x.shape for x in inputs.values()}
@@ -140,123 +353,333 @@ def _numbers(s: Sample) -> dict[str, float]:
             if n > 1:
                 found |= {text: n, f"1/({text})": 1 / n, f"{text} - 1": n - 1, f"1/({text} - 1)": 1 / (n - 1)}
                 found |= {f"n/(n - 1) for n = {text}": n / (n - 1), f"(n - 1)/n for n = {text}": (n - 1) / n}
-    for name, p in subject.parameters(s.layer).items():
-        if p.numel() == 1 and float(p) != 0:
-            found |= {name: float(p), f"1/{name}": 1 / float(p), f"{name}^2": float(p) ** 2}
-    return {name: value for name, value in found.items() if value not in (0, 1)} | {"a factor 2": 2.0, "1/2": 0.5}
+    lone = {name: float(p) for name, p in subject.parameters(s.layer).items() if p.numel() == 1}
+    for name, value in {**lone, **_options(s.layer, float)}.items():
+        if value:
+            found |= {name: value, f"1/{name}": 1 / value, f"{name}^2": value**2, f"sqrt({name})": abs(value) ** 0.5}
+    return {name: value for name, value in found.items() if value not in (0, 1)}
 
 
-def _difference(got: Tensor, want: Tensor) -> Iterator[Hint]:
-    """Where the two differ, and whether a mean or a sum is missing."""
-    off = got - want
-    bad = off.abs() > 1e-9 * max(judge.largest(want), 1e-3)
-    for dim in range(got.dim()):
-        size = got.shape[dim]
-        if size < 2 or not bad.any():
-            continue
-        flat = bad.movedim(dim, 0).reshape(size, -1)
-        spread = off - off.mean(dim, keepdim=True)
-        if judge.largest(spread) < 1e-9 * judge.largest(off):
-            text = f"it is off by the same amount all along dimension {dim}: a sum or mean over it is missing"
-            yield Hint(text, "missing sum")
-        hit = flat.any(1)
-        if int(hit.sum()) == 1 and size > 2:
-            text = f"it is wrong only at index {int(hit.nonzero()[0])} of dimension {dim}"
-            yield Hint(text, "one index")
+def _options(layer: Any, *kinds: type) -> dict[str, Any]:
+    """The attributes of the layer itself that are of one of these types, exactly."""
+    attributes = getattr(subject.unwrap(layer), "__dict__", {})
+    return {name: value for name, value in attributes.items() if type(value) in kinds and not name.startswith("_")}
 
 
-def _proportional(s: Sample, got: Tensor, want: Tensor) -> Iterator[Hint]:
-    """Whether the error is x or out, times one factor per row: the mark of a forgotten path through a reduction."""
-    off = got - want
-    for name, base in {**s.result.outs, **subject.named("x", s.inputs)}.items():
-        if base.shape != off.shape or not base.is_floating_point() or not off.dim() or judge.largest(off) == 0:
-            continue
-        for dim in range(off.dim()):
-            if off.shape[dim] < 2:
-                continue
-            squares = (base * base).sum(dim, keepdim=True).clamp(min=1e-300)
-            factor = (off * base).sum(dim, keepdim=True) / squares
-            if judge.largest(off - factor * base) < 1e-9 * judge.largest(off):
-                text = f"it is off by a multiple of {name} along dimension {dim}: a path through a sum is missing"
-                yield Hint(text, f"multiple of {name}")
+# ---------------------------------------------------------------- wrong values: the right gradient of something else
 
 
-def _latest_alone(s: Sample, details: dict[str, Any]) -> Iterator[Hint]:
-    """Whether only one backward's gradient is there."""
-    alone = s.result.grads.get(details["tensor"])
-    if alone is not None and _close(details["got"], alone):
-        yield Hint("it holds the latest gradient alone: backward assigns .grad where it must add (add_grad does)")
+@guess("value")
+def _one_row(f: Finding) -> Iterator[Hint]:
+    """Only one row's share of the dout arrived."""
+    dout = f.dout
+    for dim in range(0 if dout is None else dout.dim()):
+        size = f.sample.douts[0].shape[dim]
+        for word, index in (("first", 0), ("last", size - 1)):
+            mask = torch.zeros_like(f.sample.douts[0])
+            mask.select(dim, index).fill_(1)
+            share = f.truth_with(douts=(f.sample.douts[0] * mask,)) if size > 2 else None
+            if share is not None and judge.largest(share) > 0 and _close(f.got, share):
+                yield Hint(f"it has the share of the {word} index of dout's dimension {dim} alone: add up all of them")
+                return
 
 
-def _last_use(s: Sample, details: dict[str, Any]) -> Iterator[Hint]:
-    """With equal indices, whether only their last use arrived."""
+@guess("value")
+def _last_use(f: Finding) -> Iterator[Hint]:
+    """Of equal indices, only the last use arrived."""
+    s, dout = f.sample, f.dout
     integers = [x for x in s.inputs if not x.is_floating_point() and x.dtype is not torch.bool]
-    name, got = details["tensor"], details["got"]
-    if not integers or len(s.douts) != 1 or name not in s.truth.grads:
+    if not integers or dout is None or dout.shape[: integers[0].dim()] != integers[0].shape:
         return
-    x, dout = integers[0], s.douts[0]
-    if dout.shape[: x.dim()] != x.shape:
-        return
-    flat, rows = x.flatten(), dout.reshape(x.numel(), -1)
+    flat, rows = integers[0].flatten(), dout.reshape(integers[0].numel(), -1)
     last = torch.tensor([bool((flat[i + 1 :] != flat[i]).all()) for i in range(len(flat))])
-    only_last = (rows * last.unsqueeze(1)).view(dout.shape)
-    truth = s.oracle.truth(s.layer, s.inputs, (only_last,), s.seed).grads[name]
-    if truth is not None and _close(got, truth):
+    share = f.truth_with(douts=((rows * last.unsqueeze(1)).view(dout.shape),))
+    if share is not None and _close(f.got, share):
         yield Hint("of equal indices only the last one arrived: add them up (index_add_), do not assign")
 
 
-def _order_of_uses(s: Sample) -> Iterator[Hint]:
-    """Whether all is right once the layers that forward uses several times give their records in the other order."""
+@guess("value")
+def _another_option(f: Finding) -> Iterator[Hint]:
+    """It is the right gradient for another value of an attribute."""
+    layer = f.sample.layer
+    tried: list[tuple[str, Any]] = [(name, not value) for name, value in _options(layer, bool).items()]
+    tried += [(name, new) for name, v in _options(layer, float).items() for new in (0.0, 1.0, -v) if new != v]
+    tried += [(name, new) for name, v in _options(layer, int).items() for new in range(-3, 4) if new != v]
+    for name, value in tried:
+        twin = f.sample.copy()
+        _set(twin, name, value)
+        with contextlib.suppress(Exception):  # no such option
+            other = f.truth_with(twin)
+            if other is not None and _close(f.got, other) and not _close(f.want, other):
+                mode = "in training" if value else "in evaluation"
+                what = mode if name == "training" else f"for {name} = {value}"
+                yield Hint(f"it is the right one {what}: backward does not go by {name}, as forward does", f"by {name}")
+                return
+
+
+@guess("value")
+def _another_record(f: Finding) -> Iterator[Hint]:
+    """It is right once another tensor stands where forward recorded one."""
+    s = f.sample
+    names = _names_of_records(s.layer)
+    layer = subject.unwrap(s.layer)
+    if not isinstance(layer, Layer):
+        return
+    saved = _recorded(s)
+    labels = [names[i] if i < len(names) else f"recorded tensor {i}" for i in range(len(saved))]
+    others = {**{n: t for n, t in zip(labels, saved) if isinstance(t, Tensor)}, **f.at_hand}
+    for i, old in enumerate(saved):
+        if not isinstance(old, Tensor):
+            continue
+        changed = {
+            f"{n} in place of {labels[i]}": t for n, t in others.items() if t.shape == old.shape and n != labels[i]
+        }
+        if old.dtype is torch.bool:
+            changed = {f"{labels[i]} turned round (~{labels[i]})": ~old}
+        elif old.dim() == 2 and old.shape[0] == old.shape[1]:
+            changed[f"{labels[i]} transposed"] = old.t()
+        for text, new in changed.items():
+            if new.dtype is old.dtype and not judge.identical(new, old) and _right_with(f, i, new):
+                yield Hint(f"it is right with {text} in what backward reads")
+                return
+
+
+def _recorded(s: Sample) -> tuple[Any, ...]:
+    """What the layer's own forward saves."""
     twin = s.copy()
     with subject.recording(s.seed):
         subject.forward(twin, s.inputs)
-        inside = [(path, layer) for path, layer in subject.named_layers(twin) if isinstance(layer, Layer)]
-        several = [(path, layer, len(layer._records)) for path, layer in inside if len(layer._records) > 1]
-        if not several:
-            return
-        for _, layer, _ in several:
-            layer._records.reverse()
+    records = subject.unwrap(twin)._records
+    return tuple(records[-1][0]) if records else ()
+
+
+def _right_with(f: Finding, i: int, new: Tensor) -> bool:
+    """Whether the gradient is right where backward finds `new` as the i-th thing that was saved."""
+    s, twin = f.sample, f.sample.copy()
+    with subject.recording(s.seed):
+        subject.forward(twin, s.inputs)
+        records = subject.unwrap(twin)._records
+        saved, _, spec = records[-1]
+        records[-1] = ((*saved[:i], new.clone(), *saved[i + 1 :]), [], spec)
         try:
-            got = {**subject.backward(twin, s.inputs, s.douts), **subject.gradients(twin)}
+            grads = {**subject.backward(twin, s.inputs, s.douts), **subject.gradients(twin)}
         except CheckFailure:
+            return False
+    got = grads.get(f.name)
+    return got is not None and _close(got, f.want)
+
+
+def _names_of_records(layer: Any) -> list[str]:
+    """What backward calls the things that it pops, as its source has them: ``x, mask = self.pop(dout)``."""
+    try:
+        source = inspect.getsource(type(subject.unwrap(layer)).backward)
+    except (OSError, TypeError):
+        return []
+    match = re.search(r"\(?([\w, ]+?),?\)? = self\.pop\(", source)
+    return [name.strip() for name in match[1].split(",")] if match else []
+
+
+@guess("value")
+def _own_element_alone(f: Finding) -> Iterator[Hint]:
+    """It has the diagonal of the Jacobian only."""
+    x = dict(zip(subject.input_names(f.sample.layer, f.sample.inputs), f.sample.inputs)).get(f.name)
+    dout = f.dout
+    if x is None or dout is None or x.shape != dout.shape or not 1 < x.numel() <= FEW:
+        return
+    diagonal = torch.zeros_like(x)
+    for i in range(x.numel()):
+        one = torch.zeros_like(dout)
+        one.view(-1)[i] = dout.flatten()[i]
+        share = f.truth_with(douts=(one,))
+        if share is None:
             return
-    pairs = [(got[n], g) for n, g in s.truth.grads.items()]
-    if all(mine is not None and _close(mine, g) for mine, g in pairs if g is not None):
-        path, layer, uses = several[0]
-        yield Hint(
-            f"forward uses {path} ({type(layer).__name__}) {uses} times, and it is right when the first backward takes "
-            "the first of its records: run the backwards in reverse, that of the last use first"
-        )
+        diagonal.view(-1)[i] = share.flatten()[i]
+    if _close(f.got, diagonal) and _various(diagonal):
+        yield Hint("it has what each x does to its own out; what it does to the others is missing, a sum over them")
 
 
-def _shape(s: Sample, name: str, got: Tensor, want: Tensor) -> Iterator[Hint]:
-    if got.dim() == want.dim() == 2 and got.shape == want.t().shape:
-        yield Hint("it is transposed")
-    elif got.numel() == want.numel():
-        yield Hint(f"the elements are as many: a reshape to {tuple(want.shape)} is missing", "reshape")
-    elif got.dim() >= want.dim() and got.shape in {dout.shape for dout in s.douts}:
-        shape, x = tuple(want.shape), name.removeprefix("d")
-        text = f"{x} was broadcast on the way to out, so its gradient must be summed back to {shape}"
-        yield Hint(text, "broadcast")
+# ---------------------------------------------------------------- wrong values: what would make it right
 
 
-def _passes_when(s: Sample, details: dict[str, Any]) -> Iterator[Hint]:
-    """Whether the failure goes away for plain parameters: then backward forgets that parameter."""
-    for name, param in subject.parameters(s.layer).items():
-        for value in (1.0, 0.0):
-            if param.numel() == 0 or bool((param == value).all()):
-                continue
-            twin = s.copy()
-            subject.parameters(twin)[name].fill_(value)
-            try:
-                other = s.with_layer(twin)
-                got, want = other.result.grads[details["tensor"]], other.truth.grads[details["tensor"]]
-            except (CheckFailure, KeyError):
-                continue
-            if got is not None and want is not None and judge.largest(want) > 0 and _close(got, want):
-                text = f"it is right when {name} = {value:g}: look for the mistake where {name} is used, or should be"
-                yield Hint(text, weak=True)
+@guess("value")
+def _times(f: Finding) -> Iterator[Hint]:
+    """A tensor at hand is missing as a factor, or one too many."""
+    for name, t in _formulas(f):
+        if _broadcast(t, f.want) is None or not _various(t):
+            continue
+        if _close(f.got * t, f.want):
+            yield Hint(f"times {name} it is right: that factor is missing")
+            return
+        if _close(f.want * t, f.got):
+            yield Hint(f"divided by {name} it is right: that factor is one too many")
+            return
 
 
-def _close(a: Tensor, b: Tensor) -> bool:
-    return a.shape == b.shape and judge.largest(a - b) <= 1e-9 * max(judge.largest(b), 1e-3)
+@guess("value")
+def _plus(f: Finding) -> Iterator[Hint]:
+    """A term made of dout and a tensor at hand is missing, or one too many."""
+    dout = f.dout
+    if dout is None or dout.shape != f.want.shape:
+        return
+    for name, t in [("dout", torch.ones(())), *((f"dout * {name}", t) for name, t in _formulas(f))]:
+        if _broadcast(t, f.want) is None or judge.largest(dout * t) == 0:
+            continue
+        for verb, sign in (("plus", -1), ("minus", 1)):
+            if _close(f.off, sign * dout * t, judge.largest(f.want)) and not _close(f.off, 0 * f.off):
+                yield Hint(f"{verb} {name} it is right")
+                return
+
+
+def _formulas(f: Finding) -> Iterator[tuple[str, Tensor]]:
+    """Tensors at hand, and what is often made of one."""
+    for name, t in f.at_hand.items():
+        yield name, t
+        yield f"(1 - {name})", 1 - t
+        yield f"{name}^2", t * t
+        yield f"(1 - {name}^2)", 1 - t * t
+        yield f"{name} (1 - {name})", t * (1 - t)
+
+
+@guess("value")
+def _right_when(f: Finding) -> Iterator[Hint]:
+    """The failure goes away for a plain value of a parameter or option: then backward gets that one wrong."""
+    layer = f.sample.layer
+    tried: list[tuple[str, Any]] = [(name, v) for name in subject.parameters(layer) for v in (1.0, 0.0)]
+    tried += [(name, v) for name in _options(layer, float) for v in (0.0, 1.0)]
+    tried += [(name, not value) for name, value in _options(layer, bool).items() if name != "training"]
+    done: set[str] = set()
+    for name, value in tried:
+        twin = f.sample.copy()
+        if name in done or not _set(twin, name, value):
+            continue
+        with contextlib.suppress(CheckFailure):
+            if f.is_right_in(twin):
+                done.add(name)
+                text = f"it is right when {name} = {value if isinstance(value, bool) else f'{value:g}'}"
+                yield Hint(f"{text}: look for the mistake where {name} is used, or should be")
+
+
+# ---------------------------------------------------------------- wrong values: where, and along which dimension
+
+
+@guess("value in part")
+def _same_along_a_dimension(f: Finding) -> Iterator[Hint]:
+    """The mark of a wrong sum: along a dimension it is off by one number, or by one times x or out."""
+    one = torch.ones_like(f.off)
+    alike = {name: t for name, t in f.at_hand.items() if t.shape == f.off.shape}
+    candidates = [("the same amount", [one]), *((f"a multiple of {name}", [t]) for name, t in alike.items())]
+    candidates += [(f"a constant and a multiple of {name}", [one, t]) for name, t in alike.items()]
+    for what, bases in candidates:
+        # any two numbers are multiples of any other two, and any three with a constant added
+        long = [dim for dim, size in enumerate(f.off.shape) if size > len(bases) + 1]
+        dims = [str(dim) for dim in long if _close(f.off, _fitted(f.off, bases, dim), judge.largest(f.off))]
+        if dims:
+            text = (
+                f"it is off by {what} all along dimension {' and '.join(dims)}: a sum or mean over it is missing, or "
+            )
+            yield Hint(f"{text}not right{', or two: those of a mean and a variance' if len(bases) > 1 else ''}", what)
+            return
+
+
+def _fitted(off: Tensor, bases: list[Tensor], dim: int) -> Tensor:
+    """The combination of the bases that is nearest to `off`, with factors of its own along each line of `dim`."""
+    lines = off.movedim(dim, -1).reshape(-1, off.shape[dim], 1)
+    columns = torch.stack([b.movedim(dim, -1).reshape(-1, off.shape[dim]) for b in bases], -1)
+    fitted: Tensor = columns @ torch.linalg.pinv(columns) @ lines
+    return fitted.view(off.movedim(dim, -1).shape).movedim(-1, dim)
+
+
+@guess("value in part")
+def _sum_over_another_dimension(f: Finding) -> Iterator[Hint]:
+    """Off by a number per row and one per column: one sum is there too often, and another one is missing."""
+    if f.off.dim() != 2 or min(f.off.shape) < 3:
+        return
+    for base in (torch.ones_like(f.off), *f.at_hand.values()):
+        if base.shape == f.off.shape and bool((base.abs() > 1e-3).all()):
+            share = f.off / base
+            rows, columns = share - share.mean(0), share - share.mean(1, keepdim=True)
+            rest, size = rows + columns - share + share.mean(), judge.largest(share)
+            if (
+                _close(rest, 0 * rest, size)
+                and not _close(rows, 0 * rows, size)
+                and not _close(columns, 0 * rest, size)
+            ):
+                yield Hint("a sum or mean in it runs over the wrong dimension", "wrong dimension")
+                return
+
+
+@guess("value in part")
+def _identity(f: Finding) -> Iterator[Hint]:
+    for name, dout in subject.named("dout", f.sample.douts).items():
+        if f.got.shape == dout.shape and _various(dout) and _close(f.got, dout):
+            yield Hint(f"it equals {name}: as if the layer were the identity")
+
+
+@guess("value in part")
+def _only_where(f: Finding) -> Iterator[Hint]:
+    """Exactly the elements are wrong of which something at hand is positive, negative or zero."""
+    bad = f.off.abs() > 1e-9 * max(judge.largest(f.want), 1e-3)
+    matters = (f.want != 0) | bad  # where dout is 0, every gradient is right
+    for name, t in f.at_hand.items():
+        if t.shape != bad.shape:
+            continue
+        for word, where in (("> 0", t > 0), ("< 0", t < 0), ("= 0", t == 0)):
+            if judge.identical(bad & matters, where & matters) and where.any() and not (where | ~matters).all():
+                yield Hint(f"it is wrong where {name} {word}, everywhere there and only there")
+                return
+
+
+@guess("value in part")
+def _only_some_indices(f: Finding) -> Iterator[Hint]:
+    """It is wrong at one index of a dimension, or from one on."""
+    bad = f.off.abs() > 1e-9 * max(judge.largest(f.want), 1e-3)
+    for dim in range(bad.dim()):
+        size = bad.shape[dim]
+        hit = bad.movedim(dim, 0).reshape(size, -1).any(1)
+        first, last = (int(hit.nonzero()[k]) for k in (0, -1))
+        if first == last and size > 2 and (bad.dim() == 1 or bad.sum() > 1):
+            where = "the last index" if last == size - 1 else f"index {first}"
+            yield Hint(f"it is wrong only at {where} of dimension {dim}", f"only at one of {dim}")
+        elif size > FEW and first > 1 and hit[first:].all():
+            yield Hint(
+                f"it is right up to index {first - 1} of dimension {dim}, and wrong from there on", "from one on"
+            )
+
+
+# ---------------------------------------------------------------- what all of them share
+
+
+def _close(a: Tensor, b: Tensor, scale: float = 0.0) -> bool:
+    """Whether two tensors agree; not where one of them is not finite, which compares with nothing."""
+    if a.shape != b.shape or not torch.isfinite(a).all() or not torch.isfinite(b).all():
+        return False
+    return judge.largest(a - b) <= 1e-9 * max(judge.largest(b), scale, 1e-3)
+
+
+def _various(t: Tensor) -> bool:
+    """Whether it has two different numbers beside 0 and 1, so that what it agrees with is no accident."""
+    numbers = t[(t != 0) & (t != 1)].abs()
+    return numbers.numel() > 1 and bool((numbers != numbers[0]).any())
+
+
+def _broadcast(t: Tensor, like: Tensor) -> Tensor | None:
+    try:
+        return t.expand_as(like)
+    except RuntimeError:
+        return None
+
+
+def _set(layer: Any, name: str, value: Any) -> bool:
+    """Give a parameter or an attribute another value; whether it is another one."""
+    params = subject.parameters(layer)
+    if name in params:
+        if params[name].numel() == 0 or bool((params[name] == value).all()):
+            return False
+        params[name].fill_(value)
+    elif name == "training":
+        subject.set_mode(layer, value)
+    elif getattr(subject.unwrap(layer), name) == value:
+        return False
+    else:
+        setattr(subject.unwrap(layer), name, value)
+    return True

@@ -53,8 +53,8 @@ def compared(elements: int, ratio: float = 0.0) -> None:
 def remark(text: str) -> None:
     """Say in the report what cannot be compared, and why."""
     tally = _tally.get()
-    if tally is not None:
-        tally.remark = text
+    if tally is not None and text not in tally.remark:
+        tally.remark += f"; {text}" if tally.remark else text
 
 
 Limit = Callable[[str, Tensor, Tensor], Tensor]

@@ -1,14 +1,19 @@
-"""What a forward does, operation by operation: which random numbers it draws, and which tensors it reads.
+"""What a forward does, operation by operation: the random numbers it draws, its precision, the tensors it reads.
 
 Two right runs of a random layer can be compared only where they draw the same numbers in the same places. torch's draws
 depend on the dtype (float32 takes other numbers from the generator than float64) and on the layout (a mask like a
 transposed x is drawn in the order of its memory). `SameNumbers` makes them depend on the seed and the shape alone.
+
+A layer may compute in float32 on purpose, whatever comes in (``x.float()``). Its rounding would hide what a float64
+check looks for, so `InFloat64` has it compute the same in float64.
 """
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Callable, Iterable
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +24,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 RETURNED = "rand rand_like randn randn_like randint randint_like randperm multinomial normal poisson bernoulli"
 WRITTEN = "uniform_ normal_ random_ bernoulli_ exponential_ geometric_ log_normal_ cauchy_"
 DRAWS = frozenset([*RETURNED.split(), "native_dropout", *WRITTEN.split()])  # the operations that draw
+MACHINERY = (str(Path(torch.__file__).parent), str(Path(__file__).parent))  # whose lines are not the layer's own
 INTEGERS = ("randint", "randperm", "multinomial")  # what they draw is integer unless a dtype says otherwise
 
 
@@ -56,6 +62,67 @@ def _plain(value: Any) -> Any:
 
 def _converted(value: Any, dtype: torch.dtype) -> Any:
     return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+
+
+LOWER = (torch.float32, torch.float16, torch.bfloat16)  # than float64, in which layers are checked
+
+
+class Lowers(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Inside, notes which lower precision an operation gives to numbers that it takes in float64."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.to: torch.dtype | None = None
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        outs = out if isinstance(out, (tuple, list)) else (out,)
+        made = next((t.dtype for t in outs if isinstance(t, Tensor) and t.dtype in LOWER), None)
+        if made is not None and any(isinstance(t, Tensor) and t.dtype is torch.float64 for t in tree_leaves(args)):
+            self.to = self.to or made
+        return out
+
+
+class InFloat64(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Inside, whoever asks for a lower precision, or makes a tensor in it, is given float64."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        args, kwargs = tree_map(_raised, (args, kwargs or {}))
+        out = func(*args, **kwargs)
+        made = not any(isinstance(t, Tensor) for t in tree_leaves((args, kwargs)))
+        if made or func.overloadpacket.__name__ == "lift_fresh":  # as torch.tensor does with what it has made
+            return tree_map(lambda t: t.double() if isinstance(t, Tensor) and t.dtype in LOWER else t, out)
+        return out
+
+
+def _raised(value: Any) -> Any:
+    return torch.float64 if isinstance(value, torch.dtype) and value in LOWER else value
+
+
+class FirstNotFinite(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Inside, finds the line whose operation is the first to make NaN (or infinity) out of numbers without it."""
+
+    def __init__(self, nan: bool) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.bad, self.word = (torch.isnan, "NaN") if nan else (torch.isinf, "infinity")
+        self.where = ""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        spoilt = not self.where and self._any(args)
+        out = func(*args, **(kwargs or {}))
+        if not self.where and not spoilt and self._any(out):
+            frames = traceback.extract_stack()
+            own = next((f for f in reversed(frames) if not f.filename.startswith(MACHINERY)), frames[0])
+            name = func.overloadpacket.__name__
+            self.where = f"{self.word} first appears in {own.name}, line {own.lineno}: `{own.line}` ({name})"
+        return out
+
+    def _any(self, values: Any) -> bool:
+        floating = [t for t in tree_leaves(values) if isinstance(t, Tensor) and t.is_floating_point()]
+        return any(bool(self.bad(t).any()) for t in floating)
 
 
 class _Reads(TorchDispatchMode):  # type: ignore[no-untyped-call]

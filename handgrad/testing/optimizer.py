@@ -58,8 +58,11 @@ def check_optimizer(
     )
     @hypothesis.given(st.data())
     def run(data: st.DataObject) -> None:
-        # By a seed: hypothesis' own draws of many options keep returning to the same few combinations.
-        generator = random.Random(data.draw(st.integers(0, 2**20), label="seed of the options"))
+        start = [data.draw(tensors(shape)) for shape in ((2, 3), (3,), (), (2,))]
+        grads = [[data.draw(tensors(p.shape)) for p in start] for _ in range(2)]
+        absent = data.draw(st.integers(0, 15), label="parameters without a gradient, as bits")
+        # By all numbers drawn: hypothesis' own draws of options, or of a seed for them, keep returning to the same few.
+        generator = random.Random(f"{start} {grads}")
         values = {
             name: data.draw(choice, label=name)
             if isinstance(choice, SearchStrategy)
@@ -69,9 +72,6 @@ def check_optimizer(
         if refuses is not None and refuses(values):
             _both_refuse(make, reference, values)
             return
-        start = [data.draw(tensors(shape)) for shape in ((2, 3), (3,), (), (2,))]
-        grads = [[data.draw(tensors(p.shape)) for p in start] for _ in range(2)]
-        absent = data.draw(st.integers(0, 15), label="parameters without a gradient, as bits")
         seen.add(f"{values} {absent} {start} {grads}")
         moved[0] |= _side_by_side(make, reference, values, start, grads, absent)
 

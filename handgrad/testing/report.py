@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
 
-from handgrad.tables import Shown, Table
+from handgrad.tables import WIDTH, Shown, Table
 from handgrad.testing import judge, subject
-from handgrad.testing.errors import CheckFailure
-from handgrad.testing.hints import Hint, agreed, hints
+from handgrad.testing.errors import CheckError, CheckFailure, LayerCrash
+from handgrad.testing.hints import SAID, Finding, agreed, hints
+from handgrad.testing.properties.values import how_to_refuse
 from handgrad.testing.registry import PROPERTIES
 from handgrad.testing.sample import Sample
 
@@ -46,6 +47,7 @@ class Report(Shown):
     oracle: str = ""
     properties: list[PropertyReport] = field(default_factory=list)
     faults: dict[str, str] = field(default_factory=dict)  # planted fault: the property that killed it, or why not
+    never_varied: dict[str, Any] = field(default_factory=dict)  # the constructor's options that had one value only
 
     @property
     def seconds(self) -> float:
@@ -69,6 +71,9 @@ class Report(Shown):
             for p in self.properties
         ]
         parts: list[str | Table] = [f"{self.subject}: right, by {self.oracle}", "", Table([head, *body], "llrrrrrl")]
+        if self.never_varied:
+            values = ", ".join(f"{name}={value!r}" for name, value in self.never_varied.items())
+            parts += ["", *textwrap.wrap(f"never varied, so nothing is said about other values: {values}", WIDTH)]
         if self.faults:
             parts += ["", Table([["planted fault", "can this check notice it"], *self.faults.items()], "ll")]
         return parts
@@ -77,6 +82,8 @@ class Report(Shown):
 def failure_text(error: CheckFailure, name: str, s: Sample | None, rich: Sequence[Sample], again: str) -> str:
     """Everything that helps to find the mistake: what is wrong, a guess why, the smallest example, how to repeat it."""
     lines = [error.message]
+    if isinstance(error, LayerCrash) and s is not None and all(_has_few(other) for other in rich):
+        lines += how_to_refuse(s.layer, error)
     if s is not None:
         lines += [f"  hint: {guess}" for guess in _guesses(error, name, s, rich)]
         lines += ["", *example(s)]
@@ -88,26 +95,40 @@ def failure_text(error: CheckFailure, name: str, s: Sample | None, rich: Sequenc
 
 
 def _guesses(error: CheckFailure, name: str, s: Sample, rich: Sequence[Sample]) -> list[str]:
-    """Up to three hints. The example shown is the smallest, and may be too small for a pattern that a rich one has."""
-    others: dict[str, list[Hint]] = {}
+    """The hints. The example shown is the smallest, and may be too small for a pattern that richer ones have."""
+    own, others = _finding(error, name, s), []
     for other in rich:
-        if other.richness() <= s.richness():
-            continue
-        shapes = ", ".join(f"{x} {tuple(t.shape)}" for x, t in subject.named("x", other.inputs).items())
-        others.setdefault(shapes, _hints_in(error, name, other))
-    return agreed(_hints_in(error, name, s), others)[:3]
+        finding = _finding(error, name, other) if other.richness() > s.richness() else None
+        if finding is not None and not finding.accidental and own is not None and finding.kind == own.kind:
+            shapes = ", ".join(f"{x} {tuple(t.shape)}" for x, t in subject.named("x", other.inputs).items())
+            others.append((shapes, hints(finding)))
+    shown = [] if own is None or (own.accidental and not others) else hints(own)
+    return agreed(shown, others)[:SAID]
 
 
-def _hints_in(error: CheckFailure, name: str, s: Sample) -> list[Hint]:
-    """The hints that an example gives, if the same tensor is wrong in it as in `error`."""
+def _finding(error: CheckFailure, name: str, s: Sample) -> Finding | None:
+    """What is wrong in an example, if it is the same tensor as in `error`."""
     try:
         PROPERTIES[name].check(s)
+    except LayerCrash as crash:
+        return (
+            Finding(s, "", None, None, name)
+            if isinstance(error, LayerCrash) and crash.details["method"] == "backward"
+            else None
+        )
     except CheckFailure as first:
         for failure in (first, *first.details.get("also", ())):
-            if failure.details.get("tensor") == error.details.get("tensor"):
-                with contextlib.suppress(Exception):  # a guess must never hide the failure that it is about
-                    return hints(s, {**failure.details, "property": name})
-    return []
+            tensor = failure.details.get("tensor")
+            if tensor is not None and tensor == error.details.get("tensor"):
+                return Finding(s, tensor, failure.details.get("got"), failure.details.get("want"), name)
+    except CheckError:
+        pass
+    return None
+
+
+def _has_few(s: Sample) -> bool:
+    """Whether a size is 0 or 1."""
+    return any(size <= 1 for x in s.inputs for size in x.shape)
 
 
 def example(s: Sample) -> list[str]:

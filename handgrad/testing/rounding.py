@@ -97,12 +97,15 @@ def oracle_error(s: Sample, example: Example) -> tuple[Truth, dict[str, float]]:
     return truth, {n: judge.largest(t.to(w) - w) for n, (t, w) in floating.items()}
 
 
-def float32_limit(error: dict[str, float], floor: judge.Floor) -> judge.Limit:
-    """Four times the oracle's own error and 16 eps of the scale; 1e-3 of it where finite differences judge."""
+def float32_limit(error: dict[str, float], floor: judge.Floor, eps: float = F32) -> judge.Limit:
+    """Four times the oracle's own error and 16 eps of the scale; 1e-3 of it where finite differences judge.
+
+    eps is that of the precision in which forward computes, which may be lower.
+    """
 
     def limit(name: str, got: Tensor, want: Tensor) -> Tensor:
         scale = max(judge.largest(want), floor(name))
-        allowed = 4 * error[name] + SPARE * F32 * scale + F32 * F32 if name in error else 1e-3 * scale
+        allowed = 4 * error[name] + SPARE * eps * scale + F32 * F32 if name in error else 1e-3 * scale
         return torch.full_like(want, allowed)
 
     return limit

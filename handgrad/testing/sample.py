@@ -14,7 +14,7 @@ from handgrad.testing import judge, subject
 from handgrad.testing.oracle import Oracle, Truth
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Sample:
     """A layer in float64, its inputs and the douts to send back, and a second batch for it.
 
@@ -32,7 +32,15 @@ class Sample:
     policed: bool = True  # whether finite differences look at the oracle in this example
     suspects_oracle: bool = True  # whether they may do so at all
     made_by: str = ""  # how the layer was made, for the failure text
+    arguments: Mapping[str, Any] = field(default_factory=dict)  # what its constructor was called with
     scales: Mapping[str, float] = field(default_factory=dict)  # of gradients whose own size is no measure
+
+    def __repr__(self) -> str:
+        shapes = ", ".join(str(tuple(x.shape)) for x in self.inputs)
+        return f"Sample of {subject.name_of(self.layer)} for {shapes}"
+
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        printer.text(repr(self))
 
     @cached_property
     def truth(self) -> Truth:
@@ -90,8 +98,7 @@ class Sample:
 
     def key(self) -> int:
         """A hash of everything in the example, to count distinct ones."""
-        everything = self.tensors()
-        return hash((repr(self.layer), *((tuple(t.shape), t.detach().cpu().numpy().tobytes()) for t in everything)))
+        return hash((repr(self.layer), *((t.shape, *t.flatten().tolist()) for t in self.tensors())))
 
 
 def sample_of(
@@ -109,7 +116,7 @@ def sample_of(
     subject.check_contract(layer)
     layer, inputs = subject.Packed(layer, subject.form_of(subject.as_tuple(x))), subject.flatten(x)
     others = tuple(t.flip(0) if t.dim() else t for t in inputs) if other is None else subject.flatten(other)
-    layer.random = subject.draws(subject.clone(layer), inputs)
+    subject.study(layer, inputs)
     douts = _normal_douts(layer, inputs, seed) if dout is None else subject.flatten(dout)
     oracle = Oracle(reference, module)
     return Sample(layer, inputs, douts, others, _normal_douts(layer, others, seed + 1), oracle, kinks or {}, seed)

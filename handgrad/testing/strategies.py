@@ -6,6 +6,7 @@ normals at a scale of 0.1 to 3; `special` adds exact zeros, kinks, values far ou
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -18,11 +19,12 @@ from torch import Tensor
 from handgrad.testing import subject
 from handgrad.testing.errors import CheckFailure, LayerCrash
 from handgrad.testing.oracle import Oracle
-from handgrad.testing.plan import Input, Plan, plan_of
+from handgrad.testing.plan import LONG, Input, Plan, plan_of
 from handgrad.testing.properties.values import is_refusal
 from handgrad.testing.sample import Sample
 
 SIZES = (1, 4)
+RICH = (2, 5)  # of examples that must show more than an accident
 FAR = (0.0, 30.0, -30.0, 800.0, -800.0, 1.0, -0.5, 1e-3)
 
 
@@ -60,21 +62,23 @@ def samples(draw: DrawFn, plan: Plan, edges: bool = False, special: bool = False
     """A Sample: the layer with drawn sizes, options, parameters, buffers and mode; two batches; and douts for them.
 
     With `edges` some sizes are 0 or 1. An input that the layer refuses for a size of 0 or 1 is drawn again, unless it
-    is an edge.
+    is an edge; and so are values of `plan.implied` that the constructor refuses.
     """
     seed = draw(st.integers(0, 2**20))
     generator = torch.Generator().manual_seed(seed)
-    drawn: dict[str, Any] = {name: draw(_choice(values)) for name, values in plan.options.items()}
-    drawn.update(_sizes(draw, plan, plan.names, edges))
+    chance = random.Random(f"{plan.long} {seed}") if plan.rich else None  # for hypothesis begins with the least of all
+    drawn: dict[str, Any] = {name: _option(draw, chance, values) for name, values in plan.options.items()}
+    drawn.update(_sizes(draw, chance, plan, plan.names, edges))
     with subject.private_rng(seed):
-        layer = subject.cast(plan.build(drawn), torch.float64)
+        layer, arguments = _built(plan, drawn)
         module = plan.build_module(drawn)
     subject.check_contract(layer)
+    each = None if plan.rich else draw  # so many numbers come from the generator
     for name, param in subject.parameters(layer).items():
         if param.is_floating_point():
-            param.data = _within(_values(draw, generator, param.shape), plan.ranges.get(name))
-    others = {**drawn, **_sizes(draw, plan, [name for name in plan.names if name not in plan.arguments], False)}
-    inputs = tuple(_input(draw, generator, plan, item, drawn, special) for item in plan.inputs)
+            param.data = _within(_values(each, generator, param.shape), plan.ranges.get(name))
+    others = {**drawn, **_sizes(draw, chance, plan, [name for name in plan.names if name not in plan.arguments], False)}
+    inputs = tuple(_input(each, generator, plan, item, drawn, special) for item in plan.inputs)
     other_inputs = tuple(_input(None, generator, plan, item, others) for item in plan.inputs)
     if subject.has_modes(layer):
         if subject.buffers(layer):
@@ -83,18 +87,19 @@ def samples(draw: DrawFn, plan: Plan, edges: bool = False, special: bool = False
     subject.refuse_undeclared(layer, inputs)
     probe = subject.clone(layer)
     mine, theirs = (_outs(probe, each, edges, seed) for each in (inputs, other_inputs))
-    layer.random = subject.draws(probe, inputs)
+    subject.study(layer, inputs)
     return Sample(
         layer,
         inputs,
-        tuple(_dout(draw, generator, out.shape) for out in mine),  # what has no gradient is not given its dout
+        tuple(_dout(each, generator, out.shape) for out in mine),  # what has no gradient is not given its dout
         other_inputs,
         tuple(_dout(None, generator, out.shape) for out in theirs),
-        Oracle(plan.reference, module, plan.differences),
+        Oracle(plan.reference_for(drawn), module, plan.differences),
         plan.kinks,
         seed,
-        policed=not (special or edges) and seed % 8 == 0,
+        policed=not (special or edges or plan.long) and seed % 8 == 0,
         made_by=plan.title(drawn),
+        arguments=arguments,
     )
 
 
@@ -111,6 +116,17 @@ def samples_of(make: Callable[..., Any], x: str | Sequence[Any], **what: Any) ->
     >>> test_tanh()
     """
     return samples(plan_of(make, x, **what))
+
+
+def _built(plan: Plan, drawn: Mapping[str, Any]) -> tuple[subject.Packed, dict[str, Any]]:
+    """The layer in float64, and its constructor's arguments."""
+    try:
+        layer, arguments = plan.build(drawn)
+    except (ValueError, NotImplementedError):
+        if any(drawn[name] != plan.default(name) for name in plan.implied):
+            reject()  # nobody said that it takes this value; the report names those that were drawn
+        raise
+    return subject.cast(layer, torch.float64), arguments
 
 
 def _generator(draw: DrawFn) -> torch.Generator:
@@ -164,12 +180,16 @@ def _bytes(draw: DrawFn, n: int) -> Tensor:
     return torch.tensor(list(draw(st.binary(min_size=n, max_size=n))), dtype=torch.int64)
 
 
-def _choice(values: Any) -> SearchStrategy[Any]:
-    return values if isinstance(values, SearchStrategy) else st.sampled_from(list(values))
+def _option(draw: DrawFn, chance: random.Random | None, values: Any) -> Any:
+    if isinstance(values, SearchStrategy):
+        return draw(values)
+    return draw(st.sampled_from(list(values))) if chance is None else chance.choice(list(values))
 
 
-def _sizes(draw: DrawFn, plan: Plan, names: Sequence[str], edges: bool) -> dict[str, Any]:
-    """Draw a size for each name, and a tuple of sizes for each star."""
+def _sizes(draw: DrawFn, chance: random.Random | None, plan: Plan, names: Sequence[str], edges: bool) -> dict[str, Any]:
+    """Draw a size for each name, and a tuple of sizes for each star; by `chance` large ones."""
+    if chance is not None:
+        return {name: _large(chance, plan, name) for name in names}
     found: dict[str, Any] = {}
     forced = draw(st.sampled_from(list(names))) if edges and names else None
     for name in names:
@@ -187,6 +207,16 @@ def _sizes(draw: DrawFn, plan: Plan, names: Sequence[str], edges: bool) -> dict[
             elif name == forced:
                 found[name] = low
     return found
+
+
+def _large(chance: random.Random, plan: Plan, name: str) -> Any:
+    """A size, or a tuple of them for a star, in the upper half of its range; LONG where it is to be."""
+    if name.startswith("*"):
+        low, high = plan.sizes.get(name, (1, 2))
+        rank = chance.randint(max(low, min(1, high)), high)
+        return (LONG,) if name == plan.long else tuple(chance.randint(2, 4) for _ in range(rank))
+    low, high = plan.sizes.get(name, RICH)
+    return LONG if name == plan.long else chance.randint((low + high) // 2, high)
 
 
 def _input(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch import Tensor
 from handgrad.layer import Layer, held, is_frozen
 from handgrad.losses.loss import Loss
 from handgrad.testing.errors import CheckFailure, ContractError, LayerCrash
-from handgrad.testing.operations import SameNumbers, read_in
+from handgrad.testing.operations import InFloat64, Lowers, SameNumbers, read_in
 
 CONTRACT = """The contract of a layer:
   forward(x) returns out, leaves x as it is, and records what backward needs on a stack.
@@ -394,7 +394,8 @@ class Packed(StandIn):
     An LSTM cell takes (x, (h, c)) and returns (h, c), for example. A dout for every output goes in: what has no
     gradient, such as indices, is given None.
 
-    A layer that draws random numbers draws the same ones whatever the dtype and layout of its inputs.
+    A layer that draws random numbers draws the same ones whatever the dtype and layout of its inputs. One that computes
+    in a lower precision than that of its float64 inputs does so in float64.
     """
 
     def __init__(self, layer: Any, form: tuple[Any, ...]) -> None:
@@ -403,6 +404,7 @@ class Packed(StandIn):
         self.out_form: Any = None
         self.floating: list[bool] = []  # by output
         self.random = False  # whether forward draws random numbers, in training or in evaluation
+        self.lowers: torch.dtype | None = None  # the lower precision in which forward computes
         self.drew = False  # whether the latest forward did
 
     def pack(self, inputs: tuple[Any, ...]) -> Any:
@@ -411,7 +413,7 @@ class Packed(StandIn):
 
     def forward(self, *inputs: Any) -> Any:
         """The layer's forward, all its outputs in one tuple."""
-        with same_numbers(self) as numbers:
+        with comparable(self, inputs) as numbers:
             outs = super().forward(*self.pack(inputs))
         self.drew = numbers is not None and numbers.drew
         self.out_form = form_of(outs)
@@ -422,7 +424,7 @@ class Packed(StandIn):
     def backward(self, dout: Any, **keywords: Any) -> Any:
         """The layer's backward; where inputs are in tuples, all dx in one."""
         douts = [d if floating else None for d, floating in zip(as_tuple(dout), self.floating)]
-        with same_numbers(self):
+        with comparable(self, as_tuple(dout)):
             dx = super().backward(nest(self.out_form, douts), **keywords)
         return dx if keywords else self.unpack(dx)
 
@@ -438,26 +440,44 @@ class Packed(StandIn):
         return flat if len(flat) > 1 else flat[0]
 
 
-def same_numbers(layer: Any) -> AbstractContextManager[SameNumbers | None]:
-    """Inside, a forward for this layer draws random numbers that depend on nothing but the seed and the shapes."""
-    inside = honest(layer)
-    return SameNumbers() if isinstance(inside, Packed) and inside.random else nullcontext()
+@contextmanager
+def comparable(layer: Any, given: tuple[Any, ...]) -> Iterator[SameNumbers | None]:
+    """Inside, runs for this layer can be compared: one like the other, but for what is to be compared.
 
-
-def draws(layer: Any, inputs: tuple[Any, ...]) -> bool:
-    """Whether forward draws random numbers, in training or in evaluation: a generator has moved on after it.
-
-    The layer must be a copy: what its forward does to it stays.
+    A random layer draws numbers that depend on nothing but the seed and the shapes. A layer that computes in a lower
+    precision does so in float64, where float64 is what it is `given`.
     """
-    sources = [torch.default_generator, *generators(layer)]
-    for training in (True, False) if has_modes(layer) else (True,):
-        set_mode(layer, training)
-        with private_rng(), torch.no_grad(), suppress(CheckFailure):
+    inside = honest(layer)
+    with ExitStack() as stack:
+        if not isinstance(inside, Packed):
+            yield None
+            return
+        if inside.lowers and any(isinstance(t, Tensor) and t.dtype is torch.float64 for t in given):
+            stack.enter_context(InFloat64())
+        yield stack.enter_context(SameNumbers()) if inside.random else None
+
+
+def study(layer: Packed, inputs: tuple[Any, ...]) -> None:
+    """Note whether forward, in training or in evaluation, draws random numbers, and computes in a lower precision."""
+    twin = clone(layer)
+    sources = [torch.default_generator, *generators(twin)]
+    for training in (True, False) if has_modes(twin) else (True,):
+        set_mode(twin, training)
+        with private_rng(), torch.no_grad(), suppress(CheckFailure), Lowers() as lowers:
             before = [source.get_state() for source in sources]
-            forward(layer, inputs)
-            if not all(map(torch.equal, before, [source.get_state() for source in sources])):
-                return True
-    return False
+            forward(twin, inputs)
+            layer.random |= not all(map(torch.equal, before, [source.get_state() for source in sources]))
+        layer.lowers = layer.lowers or lowers.to
+
+
+def as_it_is(layer: Any) -> Any:
+    """A copy that computes in the precision that its own code asks for."""
+    twin = clone(layer)
+    inside = twin
+    while not isinstance(inside, Packed):
+        inside = inside.wrapped_layer
+    inside.lowers = None
+    return twin
 
 
 def packed(layer: Any, inputs: tuple[Any, ...]) -> Any:

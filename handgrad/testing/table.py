@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor
 from handgrad.layer import Layer
 from handgrad.tables import Shown, Table
 from handgrad.testing import subject
+from handgrad.testing.operations import InFloat64, Lowers
 from handgrad.tracked import tracked_by_autograd
 
 
@@ -65,7 +67,8 @@ def gradient_table(model: Any, loss: Any, x: Any, target: Any) -> GradientTable:
     `exact` is bitwise equality. `approximate` allows ``sqrt(eps) S`` of rounding, eps of the tensor's dtype (3.5e-4 S
     in float32, 1.5e-8 S in float64), where S is the largest element of autograd's tensor, or a hundredth of the
     largest one of dx of the loss where that is more. A gradient that is missing, misshaped, of another dtype or not
-    finite is never approximate. The sharp proof is `check_layer`, or this table of a model in float64.
+    finite is never approximate. The sharp proof is `check_layer`, or this table of a model in float64. There, layers
+    that compute in float32 whatever comes in do so in float64.
 
     Both runs use copies: the caller's model, its buffers and gradients and torch's global generator stay as they are.
     x, target and the model's output may be tuples. The loss must be reduced to a scalar.
@@ -80,7 +83,10 @@ def gradient_table(model: Any, loss: Any, x: Any, target: Any) -> GradientTable:
     >>> table.ok
     True
     """
-    with torch.enable_grad(), tracked_by_autograd():
+    with subject.private_rng(), torch.no_grad(), Lowers() as lowers:
+        _call(subject.clone(model), _each(_copied, x))
+    precise = InFloat64() if lowers.to is not None else nullcontext()
+    with torch.enable_grad(), tracked_by_autograd(), precise:
         with subject.private_rng():
             by_hand, declined = _by_hand(subject.clone(model), subject.clone(loss), _each(_copied, x), target)
         with subject.private_rng():

@@ -9,6 +9,7 @@ from torch import nn
 import handgrad
 from handgrad import LSTM, Layer, Linear, Sequential, Tanh, twins
 from handgrad.testing import GradientMismatch, OracleError, compare
+from tests.testing.unusual import Softmax32
 
 
 def test_compare_finds_a_wrong_backward():
@@ -121,3 +122,14 @@ def test_outputs_that_are_indices_are_compared():
             return tuple(x.max(-1))
 
     compare(Largest(), Module(), torch.randn(4, 3))
+
+
+def test_a_layer_in_float32_beside_a_module_in_float32():
+    """Both compute in float64 then; a module that does so anyway is equal, too."""
+
+    class Module(nn.Module):
+        def forward(self, x):
+            return nn.functional.softmax(x, -1, dtype=torch.float32).to(x.dtype)
+
+    compare(Softmax32(), Module(), torch.randn(3, 4))
+    compare(Softmax32(), nn.Softmax(-1), torch.randn(3, 4))

@@ -26,3 +26,20 @@ def test_the_command_exits_with_2_for_what_it_cannot_check():
     done = command("handgrad:Linear", "--x", "N D")
     assert done.returncode == 2
     assert "do not know what to give" in done.stderr
+
+
+def test_the_command_says_what_to_install():
+    """Before any work, in one line; its help needs nothing."""
+    code = (
+        "import sys; sys.modules['hypothesis'] = None; from handgrad.testing.__main__ import main; sys.exit(main({}))"
+    )
+    for arguments, status in ((["handgrad:Tanh", "--x", "*N"], 2), (["--help"], 0)):
+        done = subprocess.run(
+            [sys.executable, "-c", code.format(arguments)], capture_output=True, text=True, timeout=60
+        )
+        assert done.returncode == status, done.stderr
+    code = code.format(["nowhere:Nothing", "--x", "*N"])
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (
+        done.stderr == 'ImportError: handgrad.testing.check_layer needs hypothesis: pip install "handgrad[testing]"\n'
+    )

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from handgrad import Dropout, Layer, Linear, Sequential, Tanh, from_torch
 from handgrad.testing import GradientMismatch, OutputMismatch, check_layer, compare
-from handgrad.testing.operations import SameNumbers
+from handgrad.testing.operations import FirstNotFinite, InFloat64, Lowers, SameNumbers
 
 DRAWS = {
     "rand": lambda x: torch.rand(x.shape, dtype=x.dtype),
@@ -154,3 +154,53 @@ def test_compare_gives_both_the_same_numbers():
             return x + 0.3 * torch.randn_like(x) if self.training else x
 
     compare(Noise((True,)), Module(), torch.randn(3, 4).t())
+
+
+LOWERED = {
+    "float": lambda x: x.float().to(x.dtype),
+    "softmax": lambda x: torch.softmax(x, -1, dtype=torch.float32).to(x.dtype),
+    "sum": lambda x: x + x.sum(dtype=torch.float16),
+    "bfloat16": lambda x: (x.bfloat16() @ x.bfloat16().t()).to(x.dtype),
+    "a tensor made in float32": lambda x: torch.zeros(len(x), len(x)).addmm_(x.float(), x.float().t()).to(x.dtype),
+    "a tensor given in float32": lambda x: (torch.tensor([[0.5], [0.25]]) @ x.float()[:1]).to(x.dtype),
+}
+
+
+@pytest.mark.parametrize("function", LOWERED.values(), ids=LOWERED)
+def test_a_lower_precision_is_noticed_and_can_be_raised(function):
+    """In float64 it computes the same, but for the rounding; and what it returns has the dtype that it would have."""
+    x = torch.randn(4, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    with Lowers() as lowers:
+        rounded = function(x)
+    assert lowers.to in (torch.float32, torch.float16, torch.bfloat16)
+    with InFloat64():
+        exact = function(x)
+    assert exact.dtype is rounded.dtype is torch.float64
+    torch.testing.assert_close(exact, rounded, rtol=0.1, atol=0.1)
+    assert not torch.equal(exact, rounded)
+    with Lowers() as lowers, InFloat64():
+        function(x)
+    assert lowers.to is None
+
+
+def test_what_stays_in_its_precision_is_not_noticed():
+    """Nor what was in a lower one, nor what is no number of the input."""
+    with Lowers() as lowers:
+        x = torch.randn(3, dtype=torch.float64)
+        (x > 0).float() + torch.arange(3).float() * torch.ones(3).half()
+        torch.tanh(x) @ x
+    assert lowers.to is None
+
+
+def test_the_first_line_that_makes_nan():
+    """And not one that hands it on; for infinity, the first that makes infinity."""
+
+    def computes(x):
+        zero = x - x
+        rest = zero / zero
+        return rest + 1
+
+    for nan, word, text in ((True, "NaN", "rest = zero / zero"), (False, "infinity", "")):
+        with FirstNotFinite(nan=nan) as first:
+            computes(torch.ones(3))
+        assert (f"{word} first appears in computes, line" in first.where and text in first.where) == bool(text)

@@ -59,7 +59,8 @@ def test_a_forgotten_path_is_named():
     """The length depends on x, too."""
     text = failure(rownorm, strangers.RowNormConstantLength, GradientMismatch)
     assert "dx is wrong" in text
-    assert "a path through a sum is missing" in text
+    assert "it is off by a multiple of x all along dimension" in text
+    assert "a sum or mean over it is missing, or not right" in text
 
 
 def test_a_record_in_attributes_is_explained():

@@ -25,6 +25,7 @@ from handgrad import (
     Unroll,
 )
 from handgrad.testing import gradient_table
+from tests.testing.unusual import Softmax32
 
 
 def test_the_table_shows_a_wrong_row_and_touches_nothing():
@@ -208,3 +209,17 @@ def test_it_reads_well_on_a_terminal_and_in_a_notebook():
     wide = gradient_table(Graph("x", name, **{name: (Wrong(), "x")}), MSE(), torch.randn(5, 3), torch.randn(5, 3))
     assert max(map(len, str(wide).splitlines())) <= 100
     assert "instead of" in str(wide)
+
+
+def test_a_model_in_float64_with_a_layer_in_float32():
+    """It is right up to the rounding of float32; and a wrong one is not."""
+    model = Sequential(Linear(3, 4), Softmax32()).to(torch.float64)
+    x, y = torch.randn(5, 3, dtype=torch.float64), torch.tensor([0, 3, 1, 1, 2])
+    assert gradient_table(model, CrossEntropy(), x, y).ok
+
+    class Wrong(Softmax32):
+        def backward(self, dout):
+            return super().backward(dout) * (1 + 1e-6)
+
+    model = Sequential(Linear(3, 4), Wrong()).to(torch.float64)
+    assert not gradient_table(model, CrossEntropy(), x, y).ok

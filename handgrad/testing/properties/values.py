@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from handgrad.errors import HandgradError
+from handgrad.layer import Layer
 from handgrad.losses.loss import Loss
 from handgrad.testing import judge, rounding, subject
 from handgrad.testing.errors import ContractError, GradientMismatch, LayerCrash, OutputMismatch
@@ -22,7 +23,8 @@ def assert_gradients(s: Sample) -> None:
     """The gradients of x and of every parameter: there, of the exact shape and dtype, and right.
 
     The values are judged in float64, within 1e-9 of the tensor's scale. A backward that takes `need_dx` must give the
-    parameters the same gradients when dx is declined.
+    parameters the same gradients when dx is declined. A forward that computes in float32 on purpose does so in float64
+    here; in the precision that it asks for itself, shapes and dtypes must be right, too.
     """
     try:
         _assert_true(s)
@@ -32,6 +34,8 @@ def assert_gradients(s: Sample) -> None:
         raise
     if s.policed:
         s.oracle.police(s.layer, s.inputs, s.douts, s.truth, s.seed)
+    if getattr(s.layer, "lowers", None):
+        _assert_right_as_it_is(s)
     if isinstance(subject.unwrap(s.layer), Loss) and s.douts[0].dim() == 0:
         twin = s.copy()
         with subject.recording(s.seed):
@@ -51,6 +55,15 @@ def assert_gradients(s: Sample) -> None:
 
 def _assert_true(s: Sample) -> None:
     judge.judge(s.result.grads, s.truth.grads, s.truth.limit(judge.AGAINST_ORACLE, s.floor))
+
+
+def _assert_right_as_it_is(s: Sample) -> None:
+    """In its own lower precision, gradients have the shape and dtype they have in float64; `dtypes` judges values."""
+    lower = str(s.layer.lowers).removeprefix("torch.")
+    judge.remark(f"forward computes in {lower} inside: here in float64, where rounding hides nothing; P9 has {lower}")
+    got = subject.run(subject.as_it_is(s.layer), s.inputs, s.douts, s.seed).grads
+    text = f" computed in {lower}, as forward asks for (only shape and dtype count)"
+    judge.judge(got, s.result.grads, lambda name, got, want: torch.full_like(want, torch.inf), text)
 
 
 @prop(6, "linearity")
@@ -104,6 +117,25 @@ def is_refusal(layer: Any, inputs: tuple[Any, ...], crash: LayerCrash) -> bool:
     return named and re.search(r"\((\d+,|\d+(, \d+)+)?\)", str(cause)) is not None  # a shape
 
 
+def how_to_refuse(layer: Any, crash: LayerCrash) -> list[str]:
+    """What to tell the author of a layer that crashed on an input with a size of 0 or 1."""
+    shapes = [tuple(x.shape) for x in crash.details["inputs"] if isinstance(x, Tensor)]
+    few = min((size for shape in shapes for size in shape), default=2)
+    if few > 1:
+        return []
+    shape = next(shape for shape in shapes if few in shape)
+    rows = "1 row" if few == 0 else "2 rows"
+    begin = (
+        'self.error(ShapeError, "forward", f"' if isinstance(subject.unwrap(layer), Layer) else 'ValueError(f"Mine: '
+    )
+    return [
+        f"  If the layer cannot take a size of {few}, as in this input of shape {shape}, its forward must refuse it by "
+        "name and shape,",
+        f'  before anything is recorded: raise {begin}x must have at least {rows}, got {{tuple(x.shape)}}")',
+        f'  If such inputs never come: sizes={{"N": ({few + 1}, 4)}}, or skip={{"edges": "why they never come"}}.',
+    ]
+
+
 SATURATED = 64  # floors are 1e-3 of what is summed up; in float32 a saturated slope makes errors of a few percent of it
 
 
@@ -123,6 +155,7 @@ def assert_dtypes(s: Sample) -> None:
         if tensor is not None and tensor.is_floating_point() and tensor.dtype is not wanted:
             raise ContractError(f"{name} is {tensor.dtype} in a layer of {wanted}", tensor=name)
     truth, error = rounding.oracle_error(s, example)
+    eps = torch.finfo(getattr(s.layer, "lowers", None) or torch.float32).eps
     want = {**truth.outs, **truth.grads}
     ours = _each(lambda t: t.to(torch.float64) if t.is_floating_point() else t, {**got.outs, **got.grads})
     text = " in float32 (allowed: 4 times autograd's own float32 error + 16 eps)"
@@ -134,13 +167,13 @@ def assert_dtypes(s: Sample) -> None:
         return size if name in truth.outs else SATURATED * s.floor(name)
 
     try:
-        judge.judge(ours, want, rounding.float32_limit(error, floor), text)
+        judge.judge(ours, want, rounding.float32_limit(error, floor, eps), text)
     except GradientMismatch:
         # err32 of one run is one draw of a random quantity, and can be 0 by luck where the backward's, no larger in
         # general, is not. So before a failure is one, the yardstick becomes the worst of nine draws. The 16 eps stay.
         for variant in rounding.in_float32(s, variants=8):
             error = {n: max(error[n], e) for n, e in rounding.oracle_error(s, variant)[1].items()}
-        judge.judge(ours, want, rounding.float32_limit(error, floor), text)
+        judge.judge(ours, want, rounding.float32_limit(error, floor, eps), text)
 
 
 @prop(10, "state")
