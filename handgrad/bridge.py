@@ -163,9 +163,12 @@ class LayerModule(nn.Module):
 
     @contextmanager
     def _with_records(self, records: list[list[Record]]) -> Iterator[list[list[Record]]]:
-        """Inside, the layers' records are these; yields the lists, which the layers push to and pop from."""
+        """Inside, the layers' records are these; yields the lists, which the layers push to and pop from.
+
+        Whichever thread autograd runs the backward in may take them.
+        """
         own = [layer._records for layer in self._layers]
-        inside = [list(stack) for stack in records]
+        inside: list[list[Record]] = [[(*record[:3], 0) for record in stack] for stack in records]
         try:
             for layer, stack in zip(self._layers, inside):
                 layer._records = stack
