@@ -301,15 +301,11 @@ class Layer:
         Raises StateError without such a forward, where it ran in another thread, or where a saved tensor was changed
         since; ShapeError and DtypeError where dout does not match the output. After an error the record is still there.
         """
-        latest = self._records[-1:]  # a list of its own, from which no other thread can take it
-        if not latest:
-            raise self.error(
-                StateError,
-                "backward",
-                "no forward is waiting for a backward; call forward first, outside torch.no_grad(), "
-                "and backward once for each forward",
-            )
-        saved, versions, spec, thread = latest[0]
+        try:
+            saved, versions, spec, thread = self._records[-1]
+        except IndexError:
+            problem = "no forward is waiting for a backward; call forward first, outside torch.no_grad(), "
+            raise self.error(StateError, "backward", problem + "and backward once for each forward") from None
         if thread and thread != get_ident():
             raise self.error(StateError, "backward", f"the latest forward ran in another thread; {ONE_THREAD}")
         if not isinstance(dout, Tensor) or dout.shape != spec[0] or dout.dtype is not spec[1]:

@@ -37,9 +37,13 @@ def _misfit(tensor: Tensor, value: Any) -> str:
         return f"expected values, but {whose} has none, being on the device meta"
     if not torch.can_cast(value.dtype, tensor.dtype):
         return f"expected {tensor.dtype}, got {value.dtype}"
-    if value.dtype is not tensor.dtype and not _equal(value.to(tensor.dtype).isfinite(), value.isfinite()):
+    if _is_narrower(tensor.dtype, value.dtype) and not _equal(value.to(tensor.dtype).isfinite(), value.isfinite()):
         return f"expected {tensor.dtype}, got finite values of {value.dtype} that are infinite there"
     return ""
+
+
+def _is_narrower(dtype: torch.dtype, than: torch.dtype) -> bool:
+    return dtype.is_floating_point and than.is_floating_point and torch.finfo(dtype).max < torch.finfo(than).max
 
 
 def _kind(value: Tensor) -> str:
