@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from threading import RLock
 from typing import Any
 
 import torch
@@ -17,6 +18,8 @@ from torch.func import functional_call
 from handgrad.errors import ArgumentError, DtypeError, HandgradError, StateError
 from handgrad.layer import Layer, Record, arity, buffer, is_frozen, parameter
 from handgrad.losses.loss import Loss
+
+_one_at_a_time = RLock()  # a call of a layer as a module puts the tensors and records of that call into the layer
 
 
 def to_torch(layer: Layer) -> nn.Module:
@@ -28,7 +31,7 @@ def to_torch(layer: Layer) -> nn.Module:
     DistributedDataParallel see them); the layer's own `.grad` stays as it was.
 
     Each call keeps its records in the graph, not in the layer: the backward passes may come in any order, repeatedly
-    with retain_graph, or never. The backward itself is not differentiable: a double backward is an error that says so.
+    with retain_graph, or never, and in any thread: the calls of all such modules take turns. The backward itself is not differentiable: a double backward is an error that says so.
     `train()` and `eval()` reach the layer. A loss becomes a module of two inputs.
 
     >>> from handgrad import Linear, Sequential, Tanh
@@ -97,7 +100,7 @@ class LayerModule(nn.Module):
         self._follow_freezing()
         tensors = [getattr(holder, name) for _, name, holder in self._places]
         if not torch.is_grad_enabled():
-            with self._bound(tensors):
+            with _one_at_a_time, self._bound(tensors):
                 return self._layer.forward(*inputs)
         form: list[Any] = []
         outs = _LayerCall.apply(self, inputs, form, len(_flat(inputs)), *_flat(inputs), *tensors)  # type: ignore[no-untyped-call]
@@ -114,9 +117,16 @@ class LayerModule(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LayerModule:
         """Conversions and moves give the module new memory: the layer follows."""
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self._follow()
+        try:
+            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        finally:  # also where it failed halfway, as on a full device
+            self._follow()
         return self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A pickle has the memory of the module's parameters and of the layer's apart: join them."""
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._follow()
 
     def _follow(self, *_: Any) -> None:
         """Give the layer's tensors the memory that the module's have by now, and each shared one a single parameter."""
@@ -192,7 +202,7 @@ class _LayerCall(torch.autograd.Function):
         plain = _unflat(inputs, iter(given[:count]))
         # Function.forward runs without grad mode, in which nothing would be recorded. Nothing here requires grad.
         empty: list[list[Record]] = [[] for _ in module._layers]
-        with torch.enable_grad(), module._bound(given[count:]), module._with_records(empty) as records:
+        with _one_at_a_time, torch.enable_grad(), module._bound(given[count:]), module._with_records(empty) as records:
             out = module._layer.forward(*plain)
         ctx.module, ctx.count, ctx.records, ctx.bound = module, count, records, given[count:]
         ctx.inputs, ctx.out = _form(inputs), _form(out)
@@ -209,7 +219,7 @@ class _LayerCall(torch.autograd.Function):
         wanted = ctx.needs_input_grad[4:]
         need_dx = any(wanted[: ctx.count])
         create_graph = torch.is_grad_enabled()
-        with torch.no_grad(), module._bound(ctx.bound), module._with_records(ctx.records):
+        with _one_at_a_time, torch.no_grad(), module._bound(ctx.bound), module._with_records(ctx.records):
             try:
                 dx = layer.backward_at(None, dout, need_dx)
                 grads = [t.grad for t in ctx.bound]

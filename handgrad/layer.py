@@ -277,8 +277,13 @@ class Layer:
             watcher.saw_out(self, out)
         if not is_grad_enabled():
             return
-        if not isinstance(out, Tensor) or not out.is_leaf:  # or autograd would be at work
+        if isinstance(out, Tensor):
+            if not out.is_leaf:  # or autograd would be at work
+                refuse_tracked(self, out)
+            spec: Spec = (out.shape, out.dtype, out.device)
+        else:
             refuse_tracked(self, out)
+            spec = spec_of(out)
         records, versions, thread = self._records, [], 0
         if not is_compiling():  # a compiled graph has no count of changes, and no threads
             thread = get_ident()
@@ -290,9 +295,8 @@ class Layer:
                         versions.append((t, t._version))
             except RuntimeError:  # nor has a tensor made under torch.inference_mode()
                 versions = [(t, t._version) for t in saved if isinstance(t, Tensor) and not t.is_inference()]
-        spec = (out.shape, out.dtype, out.device) if isinstance(out, Tensor) else spec_of(out)
         records.append((saved, versions, spec, thread))
-        if thread and len(records) > 1:  # another thread may have come between: of two, the later one sees it
+        if len(records) > 1:  # another thread may have come between: of two, the later one sees it
             self._refuse_earlier(thread)
 
     def pop(self, dout: Any) -> tuple[Any, ...]:
@@ -324,19 +328,19 @@ class Layer:
         """Add `grad`, which must have param's shape and dtype and share memory with nothing, to `param.grad`."""
         if param is None or getattr(param, "frozen", False):
             return
-        if grad.shape != param.shape or grad.dtype is not param.dtype:
-            raise self.error(
-                ShapeError if grad.shape != param.shape else DtypeError,
-                "backward",
-                f"the gradient of {self._name_of(param)} must be {tuple(param.shape)} {param.dtype} like the "
-                f"parameter, got {tuple(grad.shape)} {grad.dtype}",
-            )
-        for watcher in self._watchers:
-            watcher.saw_grad(self, param, grad)
-        if param.grad is None:
-            param.grad = grad
-        else:
-            param.grad.add_(grad)
+        earlier = param.grad
+        if earlier is not None or self._watchers or is_compiling():
+            self._check_grad(param, grad)
+            for watcher in self._watchers:
+                watcher.saw_grad(self, param, grad)
+        if earlier is not None:
+            earlier.add_(grad)
+            return
+        try:
+            param.grad = grad  # torch compares the two faster than Python can
+        except (RuntimeError, TypeError):
+            self._check_grad(param, grad)
+            raise
 
     # ------------------------------------------------------------------ records
 
@@ -397,6 +401,15 @@ class Layer:
         if dout.dtype is not dtype:
             problem = f"dout must have the dtype of the output, {dtype}, got {dout.dtype}"
             raise self.error(DtypeError, "backward", problem)
+
+    def _check_grad(self, param: Tensor, grad: Tensor) -> None:
+        if grad.shape != param.shape or grad.dtype is not param.dtype:
+            raise self.error(
+                ShapeError if grad.shape != param.shape else DtypeError,
+                "backward",
+                f"the gradient of {self._name_of(param)} must be {tuple(param.shape)} {param.dtype} like the "
+                f"parameter, got {tuple(grad.shape)} {grad.dtype}",
+            )
 
     def _refuse_earlier(self, thread: int) -> None:
         """Raise where the first record is another thread's, or has tensors that have changed, so that it was left."""
