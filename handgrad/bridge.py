@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from handgrad.errors import ArgumentError, DtypeError, HandgradError, StateError
+from handgrad.errors import ArgumentError, DtypeError, HandgradError, IndexRangeError, StateError
 from handgrad.layer import Layer, Record, arity, buffer, is_frozen, parameter
 from handgrad.losses.loss import Loss
 
@@ -52,8 +52,12 @@ def from_torch(module: nn.Module) -> Layer:
 
     The layer's parameters are plain tensors in the memory of the module's, under the module's names. Floating inputs
     get their dx, other inputs None; a parameter that the output does not depend on gets no gradient, and one that does
-    not require grad is a buffer. Modes reach the module at the next forward, submodule by submodule. The output must
-    be a tensor or a tuple of tensors. A ValueError of the module becomes an ArgumentError that names the layer.
+    not require grad is a buffer. Gradients are dense, also those of an nn.Embedding(sparse=True). Modes reach the
+    module at the next forward, submodule by submodule. The output must be a tensor or a tuple of tensors.
+
+    What the module refuses is an error that names the layer: IndexRangeError for its IndexError, DtypeError for its
+    TypeError, else ArgumentError. A module that has `inplace=True` somewhere works on copies of its inputs; any other
+    that changes an input in place is refused.
 
     >>> from handgrad import Linear, Sequential
     >>> model = Sequential(Linear(3, 4), from_torch(nn.LayerNorm(4)), Linear(4, 1))
@@ -286,12 +290,16 @@ class ModuleLayer(_Holder):
         super().__init__(module)
         self.module = module
         self._arity = arity(module.forward)
+        self._in_place = any(getattr(inner, "inplace", False) for inner in module.modules())
         plain: dict[int, Tensor] = {}  # a shared parameter is one tensor here, too
         for path, holder in self._walk():
             inner = module.get_submodule(path)
             for name in holder._declared:
                 tensor = getattr(inner, name)
-                setattr(holder, name, plain.setdefault(id(tensor), tensor.detach()))
+                alias = plain.setdefault(id(tensor), tensor.detach())
+                if name in inner._parameters and not tensor.requires_grad:
+                    alias.frozen = True  # type: ignore[attr-defined]  # a buffer that no forward changes
+                setattr(holder, name, alias)
 
     def forward(self, *inputs: Any) -> Any:
         for path, holder in self._walk():
@@ -309,7 +317,7 @@ class ModuleLayer(_Holder):
             raise self.error(DtypeError, "forward", "the module's output must be a tensor or a tuple of tensors")
         watched = any(t.requires_grad for t in (*_flat(inputs), *params))  # somebody else's autograd comes through here
         result = _unflat(form, iter(outs if watched else [o.detach() for o in outs]))
-        self.push((outs, _form(inputs), params), *flat, *leaves.values(), out=result)
+        self.push((outs, _form(inputs, other=None), params), *flat, *leaves.values(), out=result)
         return result
 
     def backward(self, dout: Any, need_dx: bool = True) -> Any:
@@ -333,16 +341,31 @@ class ModuleLayer(_Holder):
         return dx[0] if len(dx) == 1 else dx
 
     def _call(self, tensors: dict[str, Tensor], inputs: Any) -> Any:
-        """The module's output; a ValueError, with which modules refuse their inputs, names the layer."""
+        """The module's output; an error, with which it refuses the inputs, names the layer."""
+        flat = _flat(inputs)
+        versions = [None if t.is_inference() else t._version for t in flat]
+        if self._in_place:
+            inputs = _unflat(inputs, iter([t.clone() for t in flat]))
         try:
-            return functional_call(self.module, tensors, inputs)
+            out = functional_call(self.module, tensors, inputs)
         except HandgradError:  # from a layer inside the module
             raise
-        except ValueError as error:
-            shapes = ", ".join(str(tuple(t.shape)) for t in _flat(inputs))
-            raise self.error(
-                ArgumentError, "forward", f"the module refuses inputs of shape {shapes}: {error}"
-            ) from error
+        except torch.OutOfMemoryError:
+            raise
+        except (ValueError, RuntimeError, TypeError, IndexError) as error:
+            if "in-place operation" in str(error):
+                raise self._in_place_error() from error
+            kind = {IndexError: IndexRangeError, TypeError: DtypeError}.get(type(error), ArgumentError)
+            shapes = ", ".join(str(tuple(t.shape)) for t in flat)
+            raise self.error(kind, "forward", f"the module refuses inputs of shape {shapes}: {error}") from error
+        if any(version not in (None, t._version) for version, t in zip(versions, flat)):
+            raise self._in_place_error()
+        return out
+
+    def _in_place_error(self) -> HandgradError:
+        return self.error(
+            ArgumentError, "forward", "the module must not change an input in place; let it work on x.clone()"
+        )
 
     def extra_repr(self) -> str:
         return repr(self.module)
@@ -363,6 +386,7 @@ def _disjoint(grads: Sequence[Tensor | None], douts: Sequence[Tensor]) -> list[T
     result: list[Tensor | None] = []
     for grad in grads:
         if grad is not None:
+            grad = grad.to_dense() if grad.is_sparse else grad
             place = grad.untyped_storage().data_ptr()
             if place in seen or 0 in grad.stride():
                 grad = grad.clone(memory_format=torch.contiguous_format)
@@ -381,11 +405,14 @@ def _flat(value: Any) -> list[Tensor]:
     return [value] if isinstance(value, Tensor) else []
 
 
-def _form(value: Any) -> Any:
-    """The nested tuple with an empty tensor for each of its tensors: what `_unflat` needs, and no memory."""
+def _form(value: Any, other: Any = ...) -> Any:
+    """The nested tuple with an empty tensor for each of its tensors: what `_unflat` needs, and no memory.
+
+    Anything else in it stays, or `other` stands for it.
+    """
     if isinstance(value, (tuple, list)):
-        return tuple([_form(part) for part in value])
-    return torch.empty(0) if isinstance(value, Tensor) else value
+        return tuple([_form(part, other) for part in value])
+    return torch.empty(0) if isinstance(value, Tensor) else value if other is ... else other
 
 
 def _is_of_tensors(form: Any) -> bool:
