@@ -28,8 +28,9 @@ def misfits(own: Mapping[str, Tensor], given: Mapping[str, Any]) -> list[str]:
 def _misfit(tensor: Tensor, value: Any) -> str:
     if not isinstance(value, Tensor):
         return f"expected a tensor, got {type(value).__name__}"
-    if value.is_nested or value.layout is not torch.strided or value.is_quantized:
-        return f"expected an ordinary dense tensor, got a {_kind(value)} one"
+    if value.layout is not torch.strided or value.is_nested or value.is_quantized:
+        kind = "nested" if value.is_nested else "quantized" if value.is_quantized else value.layout
+        return f"expected an ordinary dense tensor, got a {kind} one"
     if value.shape != tensor.shape:
         return f"expected shape {tuple(tensor.shape)}, got {tuple(value.shape)}"
     if value.is_meta or tensor.is_meta:
@@ -44,12 +45,6 @@ def _misfit(tensor: Tensor, value: Any) -> str:
 
 def _is_narrower(dtype: torch.dtype, than: torch.dtype) -> bool:
     return dtype.is_floating_point and than.is_floating_point and torch.finfo(dtype).max < torch.finfo(than).max
-
-
-def _kind(value: Tensor) -> str:
-    if value.is_nested:
-        return "nested"
-    return "quantized" if value.is_quantized else str(value.layout).removeprefix("torch.")
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:
