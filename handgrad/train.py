@@ -14,6 +14,7 @@ from torch.optim import optimizer as torch_optimizer
 from handgrad.errors import ArgumentError, CompileError, ShapeError, StateError
 from handgrad.layer import ONE_THREAD, Layer, is_frozen
 from handgrad.losses.loss import Loss
+from handgrad.memory import Snapshot
 from handgrad.optim import SGD, descend
 
 Group = tuple[list[Tensor], list["Tensor | None"], dict[str, Any]]
@@ -72,9 +73,7 @@ class TrainStep:
             problem = "none of the parameters of model and loss; make it of model.parameters()"
             raise ArgumentError(f"TrainStep: the optimizer updates {problem}")
         both = (*model.named_buffers(), *loss.named_buffers())
-        self.buffers = list({id(b): b for _, b in both if not is_frozen(b)}.values())
-        self._kept: list[Tensor] = []  # the buffers as they were before the step
-        self._where = -1  # the address of the first of them
+        self.buffers = Snapshot({id(b): b for _, b in both if not is_frozen(b)}.values())
 
     def __call__(self, x: Any, target: Any) -> Tensor:
         """Do one step; returns the loss, as it was before the update."""
@@ -85,7 +84,7 @@ class TrainStep:
             except BaseException:
                 self.model.drop_records()
                 self.loss.drop_records()
-                self._put_back_buffers()
+                self.buffers.put_back()
                 raise
             if _bare(self.optimizer):
                 self.optimizer.update()
@@ -137,20 +136,13 @@ class TrainStep:
 
     def _begin(self) -> None:
         """Claim the model for this step until `del _at_work[id(self.model)]`, and note its buffers as they are."""
-        call, model, buffers = object(), self.model, self.buffers
+        call, model = object(), self.model
         if _at_work.setdefault(id(model), call) is not call:
             raise StateError(f"TrainStep: another step of this model is under way; {ONE_THREAD}")
         if model._records or self.loss._records:
             del _at_work[id(model)]
             self._refuse_leftovers()
-        if buffers:
-            if buffers[0].data_ptr() != self._where:  # the first step, or the model was converted or moved
-                self._kept, self._where = [b.clone() for b in buffers], buffers[0].data_ptr()
-            torch._foreach_copy_(self._kept, buffers)
-
-    def _put_back_buffers(self) -> None:
-        if self.buffers:
-            torch._foreach_copy_(self.buffers, self._kept)
+        self.buffers.take()
 
     def _refuse_leftovers(self) -> None:
         for layer in (self.model, self.loss):
@@ -264,7 +256,7 @@ class CompiledTrainStep(TrainStep):
             try:
                 loss = graph(x, target, groups)
             except BaseException as error:
-                self._put_back_buffers()
+                self.buffers.put_back()
                 if isinstance(error, Exception):
                     self._explain(x, target, many=graph is self._many)
                 raise
