@@ -364,7 +364,9 @@ class ModuleLayer(_Holder):
 
     def _in_place_error(self) -> HandgradError:
         return self.error(
-            ArgumentError, "forward", "the module must not change an input or a parameter in place; let it work on x.clone()"
+            ArgumentError,
+            "forward",
+            "the module must not change an input or a parameter in place; let it work on x.clone()",
         )
 
     def extra_repr(self) -> str:

@@ -329,7 +329,7 @@ class Layer:
         if param is None or getattr(param, "frozen", False):
             return
         earlier = param.grad
-        if earlier is not None or self._watchers or is_compiling():
+        if earlier is not None or self._watchers:
             self._check_grad(param, grad)
             for watcher in self._watchers:
                 watcher.saw_grad(self, param, grad)

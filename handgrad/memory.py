@@ -49,7 +49,8 @@ class Snapshot:
     def __init__(self, tensors: Iterable[Tensor]) -> None:
         self.tensors = list(tensors)
         self._addresses: list[int] = []
-        self._memory: list[tuple[Any, Any]] = []  # of each on the CPU: its bytes, and the storage that keeps them alive
+        self._memory: list[Any] = []  # of each on the CPU: its bytes
+        self._storages: list[Any] = []  # which keep them alive
         self._others: list[Tensor] = []
         self._bytes: list[bytes] = []
         self._copies: list[Tensor] = []
@@ -60,26 +61,23 @@ class Snapshot:
 
     def take(self) -> None:
         """Note the values as they are now."""
-        addresses = [t.data_ptr() for t in self.tensors]
+        addresses = list(map(Tensor.data_ptr, self.tensors))
         if addresses != self._addresses:  # the first time, or the model was converted or moved
             self._find(addresses)
-        self._bytes = [bytes(memory) for memory, _ in self._memory]
+        self._bytes = list(map(bytes, self._memory))
         if self._others:
             self._copies = [t.clone() for t in self._others]
 
     def put_back(self) -> None:
         """Give the tensors the values that they had."""
-        for (memory, _), old in zip(self._memory, self._bytes):
+        for memory, old in zip(self._memory, self._bytes):
             memory.raw = old
         for tensor, copy in zip(self._others, self._copies):
             tensor.copy_(copy)
 
     def _find(self, addresses: list[int]) -> None:
-        plain = [t.device.type == "cpu" and t.is_contiguous() for t in self.tensors]
-        self._memory = [
-            ((ctypes.c_char * t.nbytes).from_address(address), t.untyped_storage())
-            for t, address, is_plain in zip(self.tensors, addresses, plain)
-            if is_plain
-        ]
-        self._others = [t for t, is_plain in zip(self.tensors, plain) if not is_plain]
+        plain = [t for t in self.tensors if t.device.type == "cpu" and t.is_contiguous()]
+        self._memory = [(ctypes.c_char * t.nbytes).from_address(t.data_ptr()) for t in plain]
+        self._storages = [t.untyped_storage() for t in plain]
+        self._others = [t for t in self.tensors if not any(t is p for p in plain)]
         self._addresses = addresses

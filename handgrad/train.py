@@ -213,6 +213,9 @@ class CompiledTrainStep(TrainStep):
             if not held:
                 continue
             grads: list[Any] = [params[i].grad for i in held]
+            for i, grad in zip(held, grads):
+                if grad.shape != params[i].shape or grad.dtype is not params[i].dtype:
+                    raise ShapeError("a gradient is unlike its parameter")  # the layers will say which
             moved = descend([params[i] for i in held], grads, [buffers[i] for i in held] if buffers else [], options)
             for i, buffer in zip(held, moved):
                 if buffers[i] is None:
