@@ -72,8 +72,8 @@ class TrainStep:
         if self.params and not updated & {id(p) for p in self.params}:
             problem = "none of the parameters of model and loss; make it of model.parameters()"
             raise ArgumentError(f"TrainStep: the optimizer updates {problem}")
-        both = (*model.named_buffers(), *loss.named_buffers())
-        self.buffers = Snapshot({id(b): b for _, b in both if not is_frozen(b)}.values())
+        buffers = [b for part in (model, loss) for _, b in part.named_buffers() if not is_frozen(b)]
+        self.buffers = Snapshot({id(b): b for b in buffers}.values())
 
     def __call__(self, x: Any, target: Any) -> Tensor:
         """Do one step; returns the loss, as it was before the update."""
@@ -278,7 +278,8 @@ class CompiledTrainStep(TrainStep):
         for k in steps:
             try:
                 loss(model.forward_at(None, _minibatches(x, k)), _minibatches(target, k))
-                model.zero_grad(), loss.zero_grad()
+                model.zero_grad()
+                loss.zero_grad()
                 model.backward_at(None, loss.backward())
                 _refuse_no_gradient([*model.parameters(), *loss.parameters()])
             except Exception as plain:
