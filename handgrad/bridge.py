@@ -31,7 +31,8 @@ def to_torch(layer: Layer) -> nn.Module:
     DistributedDataParallel see them); the layer's own `.grad` stays as it was.
 
     Each call keeps its records in the graph, not in the layer: the backward passes may come in any order, repeatedly
-    with retain_graph, or never, and in any thread: the calls of all such modules take turns. The backward itself is not differentiable: a double backward is an error that says so.
+    with retain_graph, never, and in any thread: calls take turns, also those of other layers. The backward itself is
+    not differentiable: a double backward is an error that says so.
     `train()` and `eval()` reach the layer. A loss becomes a module of two inputs.
 
     >>> from handgrad import Linear, Sequential, Tanh

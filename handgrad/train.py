@@ -33,7 +33,7 @@ class TrainStep:
 
     A step that fails before its update (an input is refused, by the loss or by a layer in the middle; Ctrl-C) changes
     nothing: no record is left behind, and buffers, such as the running statistics of a batch norm before the layer that
-    refused, are as they were. For that each step copies the buffers, which costs a small model 1 to 2 % of the step.
+    refused, are as they were. For that each step notes the buffers, which costs a small model 1 to 2 % of the step.
     (Gradients may be cleared or in parts then, which the next step clears anyway; random generators have moved on.)
 
     ``step.many(xs, targets)`` does the steps of several minibatches, ``step.compile()`` gives the same two calls with

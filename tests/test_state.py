@@ -1,4 +1,4 @@
-"""A state copied into a model, and a model converted: all of it or nothing, whatever is wrong and wherever it stands."""
+"""A state copied into a model, and a model converted: all of it or nothing, whatever is wrong, and wherever."""
 
 from __future__ import annotations
 
