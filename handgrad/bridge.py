@@ -8,15 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from threading import RLock
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from handgrad.errors import ArgumentError, DtypeError, HandgradError, StateError
+from handgrad.errors import ArgumentError, DtypeError, HandgradError, IndexRangeError, StateError
 from handgrad.layer import Layer, Record, arity, buffer, is_frozen, parameter
 from handgrad.losses.loss import Loss
+
+_one_at_a_time = RLock()  # a call of a layer as a module puts the tensors and records of that call into the layer
 
 
 def to_torch(layer: Layer) -> nn.Module:
@@ -28,7 +31,8 @@ def to_torch(layer: Layer) -> nn.Module:
     DistributedDataParallel see them); the layer's own `.grad` stays as it was.
 
     Each call keeps its records in the graph, not in the layer: the backward passes may come in any order, repeatedly
-    with retain_graph, or never. The backward itself is not differentiable: a double backward is an error that says so.
+    with retain_graph, never, and in any thread: calls take turns, also those of other layers. The backward itself is
+    not differentiable: a double backward is an error that says so.
     `train()` and `eval()` reach the layer. A loss becomes a module of two inputs.
 
     >>> from handgrad import Linear, Sequential, Tanh
@@ -49,8 +53,12 @@ def from_torch(module: nn.Module) -> Layer:
 
     The layer's parameters are plain tensors in the memory of the module's, under the module's names. Floating inputs
     get their dx, other inputs None; a parameter that the output does not depend on gets no gradient, and one that does
-    not require grad is a buffer. Modes reach the module at the next forward, submodule by submodule. The output must
-    be a tensor or a tuple of tensors. A ValueError of the module becomes an ArgumentError that names the layer.
+    not require grad is a buffer. Gradients are dense, also those of an nn.Embedding(sparse=True). Modes reach the
+    module at the next forward, submodule by submodule. The output must be a tensor or a tuple of tensors.
+
+    What the module refuses is an error that names the layer: IndexRangeError for its IndexError, DtypeError for its
+    TypeError, else ArgumentError. A module that has `inplace=True` somewhere works on copies of its inputs; any other
+    that changes an input in place is refused.
 
     >>> from handgrad import Linear, Sequential
     >>> model = Sequential(Linear(3, 4), from_torch(nn.LayerNorm(4)), Linear(4, 1))
@@ -97,7 +105,7 @@ class LayerModule(nn.Module):
         self._follow_freezing()
         tensors = [getattr(holder, name) for _, name, holder in self._places]
         if not torch.is_grad_enabled():
-            with self._bound(tensors):
+            with _one_at_a_time, self._bound(tensors):
                 return self._layer.forward(*inputs)
         form: list[Any] = []
         outs = _LayerCall.apply(self, inputs, form, len(_flat(inputs)), *_flat(inputs), *tensors)  # type: ignore[no-untyped-call]
@@ -114,9 +122,16 @@ class LayerModule(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LayerModule:
         """Conversions and moves give the module new memory: the layer follows."""
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self._follow()
+        try:
+            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        finally:  # also where it failed halfway, as on a full device
+            self._follow()
         return self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A pickle has the memory of the module's parameters and of the layer's apart: join them."""
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._follow()
 
     def _follow(self, *_: Any) -> None:
         """Give the layer's tensors the memory that the module's have by now, and each shared one a single parameter."""
@@ -163,9 +178,12 @@ class LayerModule(nn.Module):
 
     @contextmanager
     def _with_records(self, records: list[list[Record]]) -> Iterator[list[list[Record]]]:
-        """Inside, the layers' records are these; yields the lists, which the layers push to and pop from."""
+        """Inside, the layers' records are these; yields the lists, which the layers push to and pop from.
+
+        Whichever thread autograd runs the backward in may take them.
+        """
         own = [layer._records for layer in self._layers]
-        inside = [list(stack) for stack in records]
+        inside: list[list[Record]] = [[(*record[:3], 0) for record in stack] for stack in records]
         try:
             for layer, stack in zip(self._layers, inside):
                 layer._records = stack
@@ -189,7 +207,7 @@ class _LayerCall(torch.autograd.Function):
         plain = _unflat(inputs, iter(given[:count]))
         # Function.forward runs without grad mode, in which nothing would be recorded. Nothing here requires grad.
         empty: list[list[Record]] = [[] for _ in module._layers]
-        with torch.enable_grad(), module._bound(given[count:]), module._with_records(empty) as records:
+        with _one_at_a_time, torch.enable_grad(), module._bound(given[count:]), module._with_records(empty) as records:
             out = module._layer.forward(*plain)
         ctx.module, ctx.count, ctx.records, ctx.bound = module, count, records, given[count:]
         ctx.inputs, ctx.out = _form(inputs), _form(out)
@@ -206,7 +224,7 @@ class _LayerCall(torch.autograd.Function):
         wanted = ctx.needs_input_grad[4:]
         need_dx = any(wanted[: ctx.count])
         create_graph = torch.is_grad_enabled()
-        with torch.no_grad(), module._bound(ctx.bound), module._with_records(ctx.records):
+        with _one_at_a_time, torch.no_grad(), module._bound(ctx.bound), module._with_records(ctx.records):
             try:
                 dx = layer.backward_at(None, dout, need_dx)
                 grads = [t.grad for t in ctx.bound]
@@ -273,12 +291,16 @@ class ModuleLayer(_Holder):
         super().__init__(module)
         self.module = module
         self._arity = arity(module.forward)
+        self._in_place = any(getattr(inner, "inplace", False) for inner in module.modules())
         plain: dict[int, Tensor] = {}  # a shared parameter is one tensor here, too
         for path, holder in self._walk():
             inner = module.get_submodule(path)
             for name in holder._declared:
                 tensor = getattr(inner, name)
-                setattr(holder, name, plain.setdefault(id(tensor), tensor.detach()))
+                alias = plain.setdefault(id(tensor), tensor.detach())
+                if name in inner._parameters and not tensor.requires_grad:
+                    alias.frozen = True  # type: ignore[attr-defined]  # a buffer that no forward changes
+                setattr(holder, name, alias)
 
     def forward(self, *inputs: Any) -> Any:
         for path, holder in self._walk():
@@ -296,7 +318,7 @@ class ModuleLayer(_Holder):
             raise self.error(DtypeError, "forward", "the module's output must be a tensor or a tuple of tensors")
         watched = any(t.requires_grad for t in (*_flat(inputs), *params))  # somebody else's autograd comes through here
         result = _unflat(form, iter(outs if watched else [o.detach() for o in outs]))
-        self.push((outs, _form(inputs), params), *flat, *leaves.values(), out=result)
+        self.push((outs, _form(inputs, other=None), params), *flat, *leaves.values(), out=result)
         return result
 
     def backward(self, dout: Any, need_dx: bool = True) -> Any:
@@ -320,16 +342,33 @@ class ModuleLayer(_Holder):
         return dx[0] if len(dx) == 1 else dx
 
     def _call(self, tensors: dict[str, Tensor], inputs: Any) -> Any:
-        """The module's output; a ValueError, with which modules refuse their inputs, names the layer."""
+        """The module's output; an error, with which it refuses the inputs, names the layer."""
+        flat = _flat(inputs)
+        versions = [None if t.is_inference() else t._version for t in flat]
+        if self._in_place:
+            inputs = _unflat(inputs, iter([t.clone() for t in flat]))
         try:
-            return functional_call(self.module, tensors, inputs)
+            out = functional_call(self.module, tensors, inputs)
         except HandgradError:  # from a layer inside the module
             raise
-        except ValueError as error:
-            shapes = ", ".join(str(tuple(t.shape)) for t in _flat(inputs))
-            raise self.error(
-                ArgumentError, "forward", f"the module refuses inputs of shape {shapes}: {error}"
-            ) from error
+        except torch.OutOfMemoryError:
+            raise
+        except (ValueError, RuntimeError, TypeError, IndexError) as error:
+            if "in-place operation" in str(error):
+                raise self._in_place_error() from error
+            kind = {IndexError: IndexRangeError, TypeError: DtypeError}.get(type(error), ArgumentError)
+            shapes = ", ".join(str(tuple(t.shape)) for t in flat)
+            raise self.error(kind, "forward", f"the module refuses inputs of shape {shapes}: {error}") from error
+        if any(version not in (None, t._version) for version, t in zip(versions, flat)):
+            raise self._in_place_error()
+        return out
+
+    def _in_place_error(self) -> HandgradError:
+        return self.error(
+            ArgumentError,
+            "forward",
+            "the module must not change an input or a parameter in place; let it work on x.clone()",
+        )
 
     def extra_repr(self) -> str:
         return repr(self.module)
@@ -350,6 +389,7 @@ def _disjoint(grads: Sequence[Tensor | None], douts: Sequence[Tensor]) -> list[T
     result: list[Tensor | None] = []
     for grad in grads:
         if grad is not None:
+            grad = grad.to_dense() if grad.is_sparse else grad
             place = grad.untyped_storage().data_ptr()
             if place in seen or 0 in grad.stride():
                 grad = grad.clone(memory_format=torch.contiguous_format)
@@ -368,11 +408,14 @@ def _flat(value: Any) -> list[Tensor]:
     return [value] if isinstance(value, Tensor) else []
 
 
-def _form(value: Any) -> Any:
-    """The nested tuple with an empty tensor for each of its tensors: what `_unflat` needs, and no memory."""
+def _form(value: Any, other: Any = ...) -> Any:
+    """The nested tuple with an empty tensor for each of its tensors: what `_unflat` needs, and no memory.
+
+    Anything else in it stays, or `other` stands for it.
+    """
     if isinstance(value, (tuple, list)):
-        return tuple([_form(part) for part in value])
-    return torch.empty(0) if isinstance(value, Tensor) else value
+        return tuple([_form(part, other) for part in value])
+    return torch.empty(0) if isinstance(value, Tensor) else value if other is ... else other
 
 
 def _is_of_tensors(form: Any) -> bool:

@@ -12,7 +12,9 @@ Three conventions come from PyTorch. A parameter is a plain tensor and its gradi
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Callable, Iterator, Mapping
+from threading import get_ident
 from typing import Any, ClassVar, NamedTuple, Protocol, TypeAlias, TypeVar
 
 import torch
@@ -22,13 +24,20 @@ from torch.compiler import is_compiling
 from handgrad.errors import DtypeError, HandgradError, ShapeError, StateDictError, StateError
 from handgrad.pieces import HALF
 from handgrad.records import Records, records_of
+from handgrad.state import convert, copy_all, misfits
 from handgrad.summary import Summary, summarize
+from handgrad.tables import bytes_text
 from handgrad.tracked import refuse_tracked
 
 L = TypeVar("L", bound="Layer")
 T = TypeVar("T")
 _is_any_autocast_enabled = torch._C._is_any_autocast_enabled  # of any device; the public one is asked per device
 MANY = float("inf")  # inputs: as many as a forward of *inputs is given
+PILE = 256  # forwards of one layer that wait for their backward: so many calls from outside are warned of
+ONE_THREAD = (
+    "one model belongs to one thread at a time; give each thread a copy (copy.deepcopy), or a lock around forward and "
+    "backward. To evaluate in threads, enter torch.no_grad() in each: around a thread pool it does not reach them"
+)
 
 
 class _Declaration(NamedTuple):
@@ -67,9 +76,10 @@ def buffer(*shape: str, persistent: bool = True) -> Any:
 Spec: TypeAlias = tuple[torch.Size, torch.dtype, torch.device] | list[Any]
 """What dout must be like: shape, dtype and device, or a list of specs where it is a tuple."""
 
-Record: TypeAlias = tuple[tuple[Any, ...], list[tuple[Tensor, int]], Spec]
+Record: TypeAlias = tuple[tuple[Any, ...], list[tuple[Tensor, int]], Spec, int]
 """What one forward left for its backward: what it saved, the tensors among it, each with how often it had been changed
-in place by then, and what dout must be like. Plain tuples: every step makes one per layer."""
+in place by then, what dout must be like, and the thread it ran in (0: any may take it). Plain tuples: every step makes
+one per layer."""
 
 
 class Watcher(Protocol):
@@ -175,7 +185,14 @@ class Layer:
         raise NotImplementedError(f"{type(self).__name__} must define backward")
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.forward(*args, **kwargs)
+        """Call forward; warn where the calls pile up, 256 of them without a backward.
+
+        A recurrent loop written by hand may be as long without a word; `Unroll` and the layers in a model always may.
+        """
+        out = self.forward(*args, **kwargs)
+        if len(self._records) == PILE and is_grad_enabled():
+            self._warn_of_pile()
+        return out
 
     # ------------------------------------------------------------------ a layer inside a layer
 
@@ -211,8 +228,9 @@ class Layer:
         zeros for it, or None where the output is no floating one.
         """
         try:
-            if (dout is None or isinstance(dout, tuple)) and self._records and not self.hands_on:
-                dout = with_zeros(dout, self._records[-1][2])
+            if (dout is None or isinstance(dout, tuple)) and not self.hands_on:
+                for _, _, spec, _ in self._records[-1:]:
+                    dout = with_zeros(dout, spec)
             if need_dx or not self.takes_need_dx:
                 return self.backward(dout)
             return self.backward(dout, need_dx=False)
@@ -270,36 +288,41 @@ class Layer:
             watcher.saw_out(self, out)
         if not is_grad_enabled():
             return
-        if not isinstance(out, Tensor) or not out.is_leaf:  # or autograd would be at work
+        if isinstance(out, Tensor):
+            if not out.is_leaf:  # or autograd would be at work
+                refuse_tracked(self, out)
+            spec: Spec = (out.shape, out.dtype, out.device)
+        else:
             refuse_tracked(self, out)
-        records = self._records
-        if records:
-            self._refuse_stale(records[0])
-        versions = []
-        if not is_compiling():  # a compiled graph has no count of changes
+            spec = spec_of(out)
+        records, versions, thread = self._records, [], 0
+        if not is_compiling():  # a compiled graph has no count of changes, and no threads
+            thread = get_ident()
+            if records:
+                self._refuse_earlier(thread)
             try:
                 for t in saved:
                     if isinstance(t, Tensor):
                         versions.append((t, t._version))
             except RuntimeError:  # nor has a tensor made under torch.inference_mode()
                 versions = [(t, t._version) for t in saved if isinstance(t, Tensor) and not t.is_inference()]
-        spec = (out.shape, out.dtype, out.device) if isinstance(out, Tensor) else spec_of(out)
-        records.append((saved, versions, spec))
+        records.append((saved, versions, spec, thread))
+        if len(records) > 1:  # another thread may have come between: of two, the later one sees it
+            self._refuse_earlier(thread)
 
     def pop(self, dout: Any) -> tuple[Any, ...]:
         """Check dout against the latest forward that has had no backward, and hand back what that forward saved.
 
-        Raises StateError without such a forward or where a saved tensor was changed since, ShapeError and DtypeError
-        where dout does not match the output. After an error the record is still there.
+        Raises StateError without such a forward, where it ran in another thread, or where a saved tensor was changed
+        since; ShapeError and DtypeError where dout does not match the output. After an error the record is still there.
         """
-        if not self._records:
-            raise self.error(
-                StateError,
-                "backward",
-                "no forward is waiting for a backward; call forward first, outside torch.no_grad(), "
-                "and backward once for each forward",
-            )
-        saved, versions, spec = self._records[-1]
+        try:
+            saved, versions, spec, thread = self._records[-1]
+        except IndexError:
+            problem = "no forward is waiting for a backward; call forward first, outside torch.no_grad(), "
+            raise self.error(StateError, "backward", problem + "and backward once for each forward") from None
+        if thread and thread != get_ident():
+            raise self.error(StateError, "backward", f"the latest forward ran in another thread; {ONE_THREAD}")
         if not isinstance(dout, Tensor) or dout.shape != spec[0] or dout.dtype is not spec[1]:
             self._check_dout(dout, spec)
         for tensor, version in versions:
@@ -309,7 +332,7 @@ class Layer:
                 raise self.error(StateError, "backward", problem)
         for watcher in self._watchers:
             watcher.saw_dout(self, dout)
-        self._records.pop()
+        del self._records[-1:]
         return saved
 
     def add_grad(self, param: Tensor | None, grad: Tensor) -> None:
@@ -322,17 +345,23 @@ class Layer:
         if getattr(param, "frozen", False):
             self._refuse_autocast("backward")
             return
-        if grad.shape != param.shape or grad.dtype is not param.dtype:
+        earlier = param.grad
+        if earlier is not None or self._watchers:
             grad = self._fitting(param, grad)
-        for watcher in self._watchers:
-            watcher.saw_grad(self, param, grad)
-        if param.grad is None:
-            param.grad = grad
-        else:
-            param.grad.add_(grad)
+            for watcher in self._watchers:
+                watcher.saw_grad(self, param, grad)
+        if earlier is not None:
+            earlier.add_(grad)
+            return
+        try:
+            param.grad = grad  # torch compares the two faster than Python can
+        except (RuntimeError, TypeError):
+            param.grad = self._fitting(param, grad)
 
     def _fitting(self, param: Tensor, grad: Tensor) -> Tensor:
-        """The gradient in the parameter's dtype, where it is float32 for half precision; else an error."""
+        """The gradient in the parameter's dtype, rounded where it is float32 for half precision; else an error."""
+        if grad.shape == param.shape and grad.dtype is param.dtype:
+            return grad
         if grad.shape == param.shape and grad.dtype is torch.float32 and param.dtype in HALF:
             return grad.to(param.dtype)
         self._refuse_autocast("backward")
@@ -414,13 +443,22 @@ class Layer:
             problem = f"dout must have the dtype of the output, {dtype}, got {dout.dtype}"
             raise self.error(DtypeError, "backward", problem)
 
-    def _refuse_stale(self, record: Record) -> None:
-        """A record whose tensors have changed can never be used: it was left behind by an earlier step."""
-        for tensor, version in record[1]:
-            if tensor._version != version:
-                problem = f"{len(self._records)} earlier forward(s) never had a backward, and {self._name_of(tensor)} "
-                problem += "has changed since; evaluate under torch.no_grad(), or discard them with drop_records()"
-                raise self.error(StateError, "forward", problem)
+    def _refuse_earlier(self, thread: int) -> None:
+        """Raise where the first record is another thread's, or has tensors that have changed, so that it was left."""
+        for _, versions, _, other in self._records[:1]:
+            if other not in (0, thread):
+                raise self.error(StateError, "forward", f"a forward of another thread is under way; {ONE_THREAD}")
+            for tensor, version in versions:
+                if tensor._version != version:
+                    problem = f"{len(self._records)} earlier forward(s) never had a backward, and "
+                    problem += f"{self._name_of(tensor)} has changed since; "
+                    problem += "evaluate under torch.no_grad(), or discard them with drop_records()"
+                    raise self.error(StateError, "forward", problem)
+
+    def _warn_of_pile(self) -> None:
+        problem = f"{PILE} forwards wait for their backward, and hold {bytes_text(self.records().bytes)}; to evaluate, "
+        problem += "enter torch.no_grad() (in each thread of a pool: around it, it does not reach them); to train, run "
+        warnings.warn(f"{self._head()}: {problem}backward after each forward, or drop_records()", stacklevel=3)
 
     def _name_of(self, tensor: Tensor) -> str:
         named = ((name, getattr(self, name, None)) for name in self._declared)
@@ -516,20 +554,15 @@ class Layer:
         """Convert to a floating dtype or move to a device, in place: ``to(torch.float64)``, ``to("cuda")``.
 
         Tensors keep their identity, so an optimizer made before stays valid. Integer buffers keep their dtype.
-        Raises StateError while a forward waits for its backward; DtypeError for a dtype that is no floating one.
+        Raises StateError while a forward waits for its backward; DtypeError for a dtype that is no floating one. After
+        an error, torch's own included (there is no such device, or it is full), nothing has changed.
         """
         for target in targets:
             if isinstance(target, torch.dtype) and not target.is_floating_point:
                 raise self.error(DtypeError, "to", f"the dtype must be a floating one, got {target}")
         if self.pending:
             raise self.error(StateError, "to", "a forward still waits for its backward; run it, or drop_records()")
-        for _, tensor in _distinct(self._tensors("")):
-            grad, tensor.grad = tensor.grad, None
-            for target in targets:
-                if not isinstance(target, torch.dtype) or tensor.is_floating_point():
-                    tensor.data = tensor.data.to(target)
-            if grad is not None:
-                tensor.grad = grad.to(tensor.device, tensor.dtype)
+        convert([tensor for _, tensor in _distinct(self._tensors(""))], targets)
         return self
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -543,10 +576,13 @@ class Layer:
         }
 
     def load_state_dict(self, state: Mapping[str, Tensor], strict: bool = True) -> LoadResult:
-        """Copy `state` into this model's own tensors.
+        """Copy `state` into this model's own tensors: all of it, or nothing.
 
-        Raises StateDictError, with nothing copied, that lists every misshaped key and, if `strict`, every missing and
-        unexpected one.
+        Other dtypes are converted, as by torch.nn, but not where more than rounding would be lost: floats to integers,
+        complex numbers to real ones, finite values to infinite ones.
+
+        Raises StateDictError, with nothing copied, that lists every key whose value does not fit and, if `strict`,
+        every missing and unexpected one.
         """
         if not isinstance(state, Mapping):
             wanted = "a state_dict, a mapping from names to tensors; of a file, first load it"
@@ -554,18 +590,13 @@ class Layer:
         own = self.state_dict()
         missing = [key for key in own if key not in state]
         unexpected = [key for key in state if key not in own]
-        misshaped = [key for key in own if key in state and own[key].shape != state[key].shape]
-        problems = [
-            f"{key}: expected shape {tuple(own[key].shape)}, got {tuple(state[key].shape)}" for key in misshaped
-        ]
+        given = {key: state[key] for key in own if key in state}
+        problems = misfits(own, given)
         if strict:
             problems += [f"{key}: missing" for key in missing] + [f"{key}: unexpected" for key in unexpected]
+        problems = problems or copy_all(own, given)
         if problems:
             raise self.error(StateDictError, "load_state_dict", "\n  " + "\n  ".join(problems))
-        with torch.no_grad():
-            for key, tensor in own.items():
-                if key in state:
-                    tensor.copy_(state[key])
         return LoadResult(missing, unexpected)
 
     def summary(self, *inputs: Any) -> Summary:

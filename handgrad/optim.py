@@ -1,4 +1,21 @@
-"""Stochastic gradient descent. Any optimizer of torch.optim works on the same parameters."""
+"""Stochastic gradient descent. Any optimizer of torch.optim works on the same parameters.
+
+An exponential moving average of the weights is a copy of the model, moved a little after each step:
+
+>>> import copy
+>>> from handgrad import BatchNorm1d, Linear, Sequential
+>>> model = Sequential(Linear(2, 3), BatchNorm1d(3))
+>>> average = copy.deepcopy(model)
+>>> def follow(decay=0.99):
+...     for p, q in zip(average.parameters(), model.parameters()):
+...         _ = p.lerp_(q, 1 - decay)
+...     for (_, b), (_, c) in zip(average.named_buffers(), model.named_buffers()):
+...         _ = b.copy_(c)
+>>> follow()
+
+torch.optim.swa_utils.AveragedModel takes modules alone: ``AveragedModel(to_torch(model))``, and update it with a
+`to_torch(model)`, too.
+"""
 
 from __future__ import annotations
 

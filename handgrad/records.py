@@ -83,7 +83,7 @@ def recorded_by_layer(*models: Any) -> dict[int, int]:
 
 
 def _recorded_in(layer: Any) -> Iterator[Tensor]:
-    return tensors_in([saved for saved, _, _ in layer._records])
+    return tensors_in([record[0] for record in layer._records])
 
 
 def fresh_bytes(tensors: Iterable[Tensor], counted: set[int]) -> int:

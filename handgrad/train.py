@@ -12,29 +12,39 @@ from torch import Tensor
 from torch.optim import optimizer as torch_optimizer
 
 from handgrad.errors import ArgumentError, CompileError, ShapeError, StateError
-from handgrad.layer import Layer
+from handgrad.layer import ONE_THREAD, Layer, is_frozen
 from handgrad.losses.loss import Loss
+from handgrad.memory import Snapshot
 from handgrad.optim import SGD, descend
 
 Group = tuple[list[Tensor], list["Tensor | None"], dict[str, Any]]
-"""What one parameter group's update reads in a compiled graph: parameters, momentum buffers, and the options."""
+"""What one parameter group's update reads in a compiled graph: parameters, momentum buffers, and the options. A buffer
+is None for a parameter that has had no gradient; the graph puts those there that it makes."""
 
 SCHEDULED = ("lr", "momentum")  # what schedulers change: tensors in a graph, or each value would be compiled anew
 GRAPHS = 256  # that one compiled step may hold: one for each shape of a minibatch; torch's own limit is 8
+_at_work: dict[int, object] = {}  # by the id of a model: the call of a step that is under way
 
 
 class TrainStep:
     """Forward, loss, backward and update: ``loss_value = step(x, target)``.
 
     The gradients are cleared before the backward, so each step stands alone, and stay in `.grad` after the update.
-    An interruption (an error, Ctrl-C) leaves no half-used record behind.
+
+    A step that fails before its update (an input is refused, by the loss or by a layer in the middle; Ctrl-C) changes
+    nothing: no record is left behind, and buffers, such as the running statistics of a batch norm before the layer that
+    refused, are as they were. For that each step notes the buffers, which costs a small model 1 to 2 % of the step.
+    (Gradients may be cleared or in parts then, which the next step clears anyway; random generators have moved on.)
 
     ``step.many(xs, targets)`` does the steps of several minibatches, ``step.compile()`` gives the same two calls with
     the whole step in one compiled graph. Any optimizer of torch.optim can be used whose `step()` needs no closure; the
     SGD of handgrad costs least. A model of large tensors is faster after one call of `handgrad.keep_freed_memory()`.
 
-    Raises StateError where an earlier forward of the model still waits for its backward; ArgumentError for a loss that
-    is none of handgrad's, and for an optimizer that has none of the parameters or, as LBFGS, wants a closure.
+    Copies and pickles of a step, compiled or not, train the copy of the model.
+
+    Raises StateError where an earlier forward of the model still waits for its backward, or another step of the model
+    is under way, in another thread; ArgumentError for a loss that is none of handgrad's, and for an optimizer that has
+    none of the parameters or, as LBFGS, wants a closure.
 
     >>> from handgrad import SGD, CrossEntropy, Linear
     >>> model = Linear(2, 3)
@@ -62,20 +72,26 @@ class TrainStep:
         if self.params and not updated & {id(p) for p in self.params}:
             problem = "none of the parameters of model and loss; make it of model.parameters()"
             raise ArgumentError(f"TrainStep: the optimizer updates {problem}")
+        buffers = [b for part in (model, loss) for _, b in part.named_buffers() if not is_frozen(b)]
+        self.buffers = Snapshot({id(b): b for b in buffers}.values())
 
     def __call__(self, x: Any, target: Any) -> Tensor:
         """Do one step; returns the loss, as it was before the update."""
-        self._refuse_leftovers()
+        self._begin()
         try:
-            out = self._forward_backward(x, target)
-        except BaseException:
-            self.model.drop_records()
-            self.loss.drop_records()
-            raise
-        if _bare(self.optimizer):
-            self.optimizer.update()
-        else:
-            self.optimizer.step()
+            try:
+                out = self._forward_backward(x, target)
+            except BaseException:
+                self.model.drop_records()
+                self.loss.drop_records()
+                self.buffers.put_back()
+                raise
+            if _bare(self.optimizer):
+                self.optimizer.update()
+            else:
+                self.optimizer.step()
+        finally:
+            del _at_work[id(self.model)]
         return out
 
     def many(self, xs: Any, targets: Any) -> Tensor:
@@ -97,9 +113,10 @@ class TrainStep:
         - Results equal the eager ones up to the rounding of floats; two chunks of 4 round as one of 8 does not.
         - A minibatch of another shape is compiled anew (256 shapes at the most), and so is another dampening or
           weight_decay; a changed lr or momentum, or evaluation in between, is not.
-        - With handgrad's SGD the update is in the graph, but a momentum buffer is made by a first step outside. Any
+        - With handgrad's SGD the update is in the graph, but the momentum buffers are made by a first step outside. Any
           other optimizer, or one with step hooks, runs as it is, after the graph of forward, loss and backward.
-        - Changes that only Python sees (a print in a layer, a record pushed and never popped) happen when compiling.
+        - A layer must be what a graph can hold: a print in it, or an `.item()`, is torch's error when compiling. What
+          it does to Python objects (a counter of its own) happens when compiling, or after the graph, as torch decides.
         - An error is the one that the step gives without compile(): after a failure, the layers run once more on a copy
           of the model, to say what was wrong. In `many`, steps before it may or may not be done already.
 
@@ -109,13 +126,23 @@ class TrainStep:
 
     def _forward_backward(self, x: Any, target: Any) -> Tensor:
         out: Tensor = self.loss.forward(self.model.forward_at(None, x), target)
-        for param in self.params:
+        params = self.params
+        for param in params:
             param.grad = None
         self.model.backward_at(None, self.loss.backward(), need_dx=False)
-        if self.params and self.params[0].grad is None and all(p.grad is None for p in self.params):
-            problem = "no parameter got a gradient, for all are frozen; unfreeze() what is to be trained"
-            raise StateError(f"TrainStep: {problem}")
+        if params and params[0].grad is None:
+            _refuse_no_gradient(params)
         return out
+
+    def _begin(self) -> None:
+        """Claim the model for this step until `del _at_work[id(self.model)]`, and note its buffers as they are."""
+        call, model = object(), self.model
+        if _at_work.setdefault(id(model), call) is not call:
+            raise StateError(f"TrainStep: another step of this model is under way; {ONE_THREAD}")
+        if model._records or self.loss._records:
+            del _at_work[id(model)]
+            self._refuse_leftovers()
+        self.buffers.take()
 
     def _refuse_leftovers(self) -> None:
         for layer in (self.model, self.loss):
@@ -134,6 +161,10 @@ class CompiledTrainStep(TrainStep):
         self.chunk = chunk
         self._layers = [layer for part in (step.model, step.loss) for _, layer in part.named_layers()]
         self._scheduled: list[dict[str, Tensor]] = []  # by parameter group
+        self._stepped = False  # outside, so that whatever gets a gradient has its momentum buffer
+        self._prepare()
+
+    def _prepare(self) -> None:
         if any(p.device.type == "cpu" for p in self.params):
             _require_compiler()
         # without Python between the kernels, and all intermediates in one piece of memory
@@ -143,14 +174,21 @@ class CompiledTrainStep(TrainStep):
             how |= {"recompile_limit": GRAPHS, "isolate_recompiles": True}
         self._one, self._many = torch.compile(self._graph, **how), torch.compile(self._graph_many, **how)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles carry all but the graphs, which are of this model; the copy compiles its own."""
+        return {name: value for name, value in vars(self).items() if name not in ("_one", "_many")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._prepare()
+
     def __call__(self, x: Any, target: Any) -> Tensor:
         groups = self._groups()
         if groups is None:
-            return super().__call__(x, target)
-        self._refuse_leftovers()
-        loss = self._run(self._one, x, target, groups)
-        self._after(groups)
-        return loss
+            loss = super().__call__(x, target)
+            self._stepped = True
+            return loss
+        return self._run(self._one, x, target, groups)
 
     def many(self, xs: Any, targets: Any) -> Tensor:
         """Do as TrainStep.many does, `chunk` steps in a graph."""
@@ -159,10 +197,8 @@ class CompiledTrainStep(TrainStep):
             groups = self._groups()
             end = done + self.chunk
             if groups and end <= steps:
-                self._refuse_leftovers()
                 x, target = (_minibatches(many, slice(done, end)) for many in (xs, targets))
                 losses.append(self._run(self._many, x, target, groups))
-                self._after(groups)
             else:
                 end = done + 1
                 losses.append(self(_minibatches(xs, done), _minibatches(targets, done)).unsqueeze(0))
@@ -174,8 +210,16 @@ class CompiledTrainStep(TrainStep):
         out = self._forward_backward(x, target)
         for params, buffers, options in groups:
             held = [i for i, p in enumerate(params) if p.grad is not None]
+            if not held:
+                continue
             grads: list[Any] = [params[i].grad for i in held]
-            descend([params[i] for i in held], grads, [buffers[i] for i in held] if buffers else [], options)
+            for i, grad in zip(held, grads):
+                if grad.shape != params[i].shape or grad.dtype is not params[i].dtype:
+                    raise ShapeError("a gradient is unlike its parameter")  # the layers will say which
+            moved = descend([params[i] for i in held], grads, [buffers[i] for i in held] if buffers else [], options)
+            for i, buffer in zip(held, moved):
+                if buffers[i] is None:
+                    buffers[i] = buffer
         return out
 
     def _graph_many(self, xs: Any, targets: Any, groups: list[Group]) -> Tensor:
@@ -192,8 +236,9 @@ class CompiledTrainStep(TrainStep):
         for i, group in enumerate(self.optimizer.param_groups):
             params, buffers = group["params"], []
             if group["momentum"] != 0:
-                buffers = [self.optimizer.state[p].get("momentum_buffer") for p in params]
-                if any(b is None for b in buffers):
+                state: dict[Any, Any] = self.optimizer.state
+                buffers = [state.get(p, {}).get("momentum_buffer") for p in params]
+                if not self._stepped and any(b is None for b in buffers):
                     return None
             if i == len(self._scheduled):
                 self._scheduled.append({key: torch.tensor(float(group[key]), dtype=torch.float64) for key in SCHEDULED})
@@ -208,11 +253,20 @@ class CompiledTrainStep(TrainStep):
         if any(layer._watchers for layer in self._layers):
             problem = "a compiled step cannot be watched, for its graph has no place to look at; "
             raise StateError(f"TrainStep.compile: {problem}look inside the step as it was before compile()")
+        self._begin()
         try:
-            return graph(x, target, groups)
-        except Exception:
-            self._explain(x, target, many=graph is self._many)
-            raise
+            missing = [(ps[i], bs, i) for ps, bs, _ in groups for i, b in enumerate(bs) if b is None]
+            try:
+                loss = graph(x, target, groups)
+            except BaseException as error:
+                self.buffers.put_back()
+                if isinstance(error, Exception):
+                    self._explain(x, target, many=graph is self._many)
+                raise
+            self._after(groups, missing)
+        finally:
+            del _at_work[id(self.model)]
+        return loss
 
     def _explain(self, x: Any, target: Any, *, many: bool) -> None:
         """Raise what the layers say of these inputs when no graph hides it, if they say anything; on copies of them."""
@@ -224,15 +278,28 @@ class CompiledTrainStep(TrainStep):
         for k in steps:
             try:
                 loss(model.forward_at(None, _minibatches(x, k)), _minibatches(target, k))
+                model.zero_grad()
+                loss.zero_grad()
                 model.backward_at(None, loss.backward())
+                _refuse_no_gradient([*model.parameters(), *loss.parameters()])
             except Exception as plain:
                 raise plain from None
 
-    def _after(self, groups: list[Group]) -> None:
-        if groups and isinstance(self.optimizer, SGD):
-            self.optimizer._opt_called = True
-        else:
+    def _after(self, groups: list[Group], missing: list[tuple[Tensor, list[Tensor | None], int]]) -> None:
+        """Do the update where the graph has not done it; else note the momentum buffers that it made."""
+        if not groups or not isinstance(self.optimizer, SGD):
             self.optimizer.step()
+            return
+        self.optimizer._opt_called = True
+        for p, buffers, i in missing:
+            if buffers[i] is not None:
+                self.optimizer.state[p]["momentum_buffer"] = buffers[i]
+
+
+def _refuse_no_gradient(params: list[Tensor]) -> None:
+    if params and all(p.grad is None for p in params):
+        problem = "no parameter got a gradient, for all are frozen; unfreeze() what is to be trained"
+        raise StateError(f"TrainStep: {problem}")
 
 
 def _bare(optimizer: torch.optim.Optimizer) -> TypeGuard[SGD]:

@@ -6,12 +6,14 @@ import copy
 import gc
 import pickle
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from torch import nn
 
 from handgrad import (
+    MSE,
     SGD,
     ArgumentError,
     BatchNorm1d,
@@ -22,6 +24,7 @@ from handgrad import (
     Flatten,
     GRUCell,
     Identity,
+    IndexRangeError,
     Layer,
     LayerNorm,
     Linear,
@@ -329,6 +332,50 @@ def test_nothing_is_kept_alive():
         gc.enable()
 
 
+def test_calls_in_several_threads_and_a_backward_in_another():
+    layer = Sequential(Linear(3, 4), Tanh(), Linear(4, 3), Tanh()).to(torch.float64)
+    module, inputs = to_torch(layer), [draw(5, 3) for _ in range(3)]
+
+    def dx_of(x):
+        x = x.clone().requires_grad_()
+        return torch.autograd.grad(module(x).square().sum(), x)[0]
+
+    expected = [dx_of(x) for x in inputs]
+    with ThreadPoolExecutor(3) as pool:
+        for found in pool.map(lambda k: (k % 3, dx_of(inputs[k % 3])), range(600)):
+            assert torch.equal(found[1], expected[found[0]])
+        x = inputs[0].clone().requires_grad_()
+        out = module(x).square().sum()
+        pool.submit(out.backward).result()
+    assert torch.equal(x.grad, expected[0])
+    assert layer.pending == 0
+
+
+@pytest.mark.parametrize("make", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))], ids=["copy", "pickle"])
+def test_a_copy_of_a_layer_and_its_module_shares_memory_as_they_do(make):
+    layer = Linear(3, 2)
+    twin, module = make((layer, to_torch(layer)))
+    with torch.no_grad():
+        module.weight.fill_(3)
+    assert (twin.weight == 3).all()
+    assert not (layer.weight == 3).any()
+
+
+def test_memory_stays_shared_where_a_conversion_fails_halfway():
+    layer = Sequential(Linear(3, 2), Linear(2, 2))
+    module = to_torch(layer)
+
+    def fail(t):
+        if t.shape == (2, 2):
+            raise RuntimeError("no memory")
+        return t.double()
+
+    with pytest.raises(RuntimeError, match="no memory"):
+        module._apply(fail)
+    for name, param in module.named_parameters():
+        assert dict(layer.named_parameters())[name].data_ptr() == param.data_ptr()
+
+
 def test_distributed_data_parallel_sees_the_gradients():
     """One process is enough for the reducer and its hooks to run.
 
@@ -508,6 +555,79 @@ def test_inputs_without_influence_and_integers():
     assert dx[1].tolist() == [2, 2, 2]
     assert dy.tolist() == [0, 0]
     assert dindex is None
+
+
+class Doubles(nn.Module):
+    def forward(self, x):
+        return x.mul_(2)
+
+
+@pytest.mark.parametrize(
+    "module", [nn.ReLU(inplace=True), nn.Sequential(nn.Flatten(), nn.LeakyReLU(inplace=True), nn.Linear(3, 2))]
+)
+def test_a_module_that_works_in_place_gets_a_copy(module):
+    x = torch.randn(4, 3)
+    before, layer = x.clone(), from_torch(module)
+    with torch.no_grad():
+        layer(x)
+    layer(x)
+    assert torch.equal(x, before)
+    leaf = x.clone().requires_grad_()
+    dout = torch.randn_like(out := module(leaf.clone()))
+    out.backward(dout)
+    torch.testing.assert_close(layer.backward(dout), leaf.grad)
+
+
+@pytest.mark.parametrize("x", [torch.ones(2), torch.tensor([1, 2])])
+def test_a_module_that_changes_its_input_unannounced_is_refused(x):
+    layer, text = (
+        from_torch(Doubles()),
+        r"ModuleLayer\(Doubles\(\)\)\.forward: .* must not change an input or a parameter",
+    )
+    with pytest.raises(ArgumentError, match=text):
+        layer(x)
+    with torch.no_grad(), pytest.raises(ArgumentError, match=text):
+        layer(x)
+    assert layer.pending == 0
+
+
+def test_sparse_gradients_are_dense():
+    layer, twin = from_torch(nn.Embedding(5, 2, sparse=True)), Embedding(5, 2)
+    twin.weight.copy_(layer.weight)
+    for embedding in (layer, twin):
+        step = TrainStep(Sequential(embedding, Tanh()), MSE(), SGD(embedding.parameters(), lr=0.1, momentum=0.9))
+        for _ in range(3):
+            step(torch.tensor([1, 1, 4]), torch.ones(3, 2))
+    torch.testing.assert_close(layer.weight, twin.weight)
+    assert layer.weight.grad.layout is torch.strided
+
+
+def test_targets_and_numbers_beside_x():
+    x, target = torch.randn(2, 3), torch.randn(2, 3)
+    layer = from_torch(nn.MSELoss())
+    layer(x, target)
+    dx, dtarget = layer.backward(torch.tensor(1.0))
+    torch.testing.assert_close(dx, (x - target) / 3)
+    torch.testing.assert_close(dtarget, -dx)
+
+    class Times(nn.Module):
+        def forward(self, x, factor):
+            return x * factor
+
+    layer = from_torch(Times())
+    layer(x, 3.0)
+    dx, dfactor = layer.backward(torch.ones(2, 3))
+    assert (dx == 3).all()
+    assert dfactor is None
+    loss = from_torch(nn.CrossEntropyLoss())
+    with pytest.raises(ArgumentError, match=r"refuses inputs of shape \(2, 3\), \(2,\): "):
+        loss(x, torch.tensor([0.0, 1.0]))
+    with pytest.raises(DtypeError, match="the module refuses inputs"):
+        loss(x, 1.0)
+    with pytest.raises(IndexRangeError, match="the module refuses inputs"):
+        loss(x, torch.tensor([0, 3]))
+    with pytest.raises(ArgumentError, match="the module refuses inputs"):
+        from_torch(nn.Linear(4, 2))(x)
 
 
 def test_modes_reach_single_submodules():

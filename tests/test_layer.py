@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import copy
 import pickle
+import sys
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import pytest
 import torch
 from torch import nn
 
 import handgrad as hg
-from handgrad import DtypeError, Layer, ShapeError, buffer
+from handgrad import DtypeError, Layer, ShapeError, StateError, buffer
+from handgrad.layer import PILE
 
 
 def build(dtype: torch.dtype = torch.float64) -> hg.Sequential:
@@ -272,3 +277,144 @@ def test_a_gradient_in_float32_is_rounded_for_a_parameter_in_half_precision_and_
         layer = hg.Linear(2, 1, dtype=dtype)
         with pytest.raises(DtypeError, match=r"the gradient of weight must be \(1, 2\)"):
             layer.add_grad(layer.weight, torch.ones(1, 2, dtype=wrong))
+
+
+# ---------------------------------------------------------------------- several threads
+
+
+@pytest.fixture
+def _restless():
+    """Threads that change places very often."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(before)
+
+
+def in_threads(works):
+    """Run each in a thread of its own; raise what one of them raised."""
+    with ThreadPoolExecutor(len(works)) as pool:
+        for done in [pool.submit(work) for work in works]:
+            done.result()
+
+
+MODELS = {
+    "row": lambda: hg.Sequential(hg.Linear(3, 4), hg.Tanh(), hg.Linear(4, 3), hg.Softmax(-1)),
+    "reuse": lambda: hg.Sequential(*[hg.Tanh()] * 3, hg.Residual(hg.Linear(3, 3))),
+    "recurrent": lambda: hg.Unroll(hg.GRUCell(3, 3), dim=0),
+    "several outputs": lambda: hg.Graph("x", "a b", a=(hg.Tanh(), "x"), b=(hg.Linear(3, 3), "a")),
+}
+
+
+@pytest.mark.usefixtures("_restless")
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("threads", [2, 3])
+def test_in_several_threads_every_dx_is_right_or_a_state_error(name, threads):
+    torch.manual_seed(0)
+    model, counts = MODELS[name](), Counter()
+    xs = [torch.randn(4, 3) for _ in range(threads)]
+
+    def step(layer, x):
+        out = layer(x)
+        return out, layer.backward(tuple(map(torch.ones_like, out)) if isinstance(out, tuple) else torch.ones_like(out))
+
+    expected = [step(copy.deepcopy(model), x) for x in xs]
+
+    def work(k):
+        for _ in range(1200):
+            try:
+                got = step(model, xs[k])
+            except StateError:
+                counts["refused"] += 1
+                model.drop_records()
+            else:
+                torch.testing.assert_close(got, expected[k], rtol=0, atol=0)
+                counts["right"] += 1
+
+    in_threads([partial(work, k) for k in range(threads)])
+    assert sum(counts.values()) == 1200 * threads
+    assert counts["right"] > 0
+    model.drop_records()
+    torch.testing.assert_close(step(model, xs[0]), expected[0], rtol=0, atol=0)  # nothing lasts
+
+
+def test_a_record_of_another_thread_is_refused_with_the_remedy():
+    model, x = hg.Linear(3, 2), torch.ones(1, 3)
+    model(x)
+
+    def other():
+        remedy = r"one model belongs to one thread at a time; give each thread a copy \(copy.deepcopy\), or a lock "
+        with pytest.raises(StateError, match=r"\.forward: a forward of another thread is under way; " + remedy):
+            model(x)
+        with pytest.raises(StateError, match=r"\.backward: the latest forward ran in another thread; " + remedy):
+            model.backward(torch.ones(1, 2))
+        with torch.no_grad():
+            model(x)  # evaluation is nobody's business
+
+    in_threads([other])
+    assert model.pending == 1
+    model.backward(torch.ones(1, 2))
+
+
+def test_of_two_threads_that_push_at_once_the_later_is_refused():
+    layer, x = hg.Tanh(), torch.ones(3)
+
+    class Between(list):
+        """The other thread's record comes between this one's look and its own record."""
+
+        def append(self, record):
+            super().append((*record[:3], record[3] + 1))
+            super().append(record)
+
+    layer._records = Between()
+    with pytest.raises(StateError, match="a forward of another thread is under way"):
+        layer(x)
+
+
+def test_a_record_that_another_thread_dropped_is_a_state_error():
+    layer = hg.Tanh()
+    for dout in (torch.ones(3), None):
+        with pytest.raises(StateError, match="no forward is waiting"):
+            layer.backward_at("t", dout)
+
+
+# ---------------------------------------------------------------------- records that pile up
+
+
+def test_calls_without_a_backward_are_warned_of_once():
+    model, x = hg.Sequential(hg.Linear(3, 4), hg.Tanh()), torch.ones(2, 3)
+    for _ in range(PILE - 1):
+        model(x)
+    text = r"^Sequential\(\): 256 forwards wait for their backward, and hold .* KB; to evaluate, enter torch\.no_grad"
+    with pytest.warns(UserWarning, match=text + r".* or drop_records\(\)$") as caught:
+        model(x)
+    assert [warning.filename for warning in caught] == [__file__]
+    for _ in range(10):
+        model(x)  # a warning would be an error here
+    model.drop_records()
+    with torch.no_grad():
+        for _ in range(2 * PILE):
+            model(x)
+
+
+def test_a_loop_over_time_by_hand_and_a_long_unroll_are_no_pile():
+    cell, h = hg.RNNCell(2, 3), torch.zeros(1, 3)
+    x = torch.ones(1, 2)
+    for _ in range(PILE - 1):
+        h = cell(x, h)
+    for _ in range(PILE - 1):
+        cell.backward(torch.ones(1, 3))
+    unroll = hg.Unroll(cell)
+    unroll(torch.ones(1, 3 * PILE, 2))
+    unroll.backward(torch.ones(1, 3 * PILE, 3))
+
+
+@pytest.mark.parametrize("grad", [torch.ones(2, 4), torch.ones(4, 3), torch.ones(3), torch.ones(2, 3).double()])
+@pytest.mark.parametrize("earlier", [False, True])
+def test_a_gradient_unlike_its_parameter_is_refused(grad, earlier):
+    layer = hg.Linear(3, 2)
+    layer.weight.grad = torch.zeros(2, 3) if earlier else None
+    kind = ShapeError if grad.dtype is torch.float32 else DtypeError
+    with pytest.raises(kind, match=r"the gradient of weight must be \(2, 3\) torch\.float32 like the parameter, got"):
+        layer.add_grad(layer.weight, grad)
+    assert layer.weight.grad is None or not layer.weight.grad.any()

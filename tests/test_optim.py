@@ -136,3 +136,29 @@ def test_training_equals_autograd(optimizers: Optimizers) -> None:
         assert name == torch_name
         torch.testing.assert_close(tensor, expected, rtol=1e-9, atol=1e-12, msg=lambda m, name=name: f"{name}: {m}")
         assert not torch.equal(tensor, before[name]), name  # the equality is none of models that stand still
+
+
+def test_an_average_of_the_weights() -> None:
+    """By a copy that follows, as documented, and by torch's AveragedModel on the module, not on the layer."""
+    torch.manual_seed(0)
+    model = mlp(hg)
+    average, module = copy.deepcopy(model), hg.to_torch(model)
+    swa = torch.optim.swa_utils
+    theirs = swa.AveragedModel(module, multi_avg_fn=swa.get_ema_multi_avg_fn(0.9), use_buffers=False)
+    theirs.update_parameters(module)  # the first takes the weights as they are
+    step = hg.TrainStep(model, hg.CrossEntropy(), hg.SGD(model.parameters(), lr=0.5))
+    for _ in range(5):
+        step(torch.randint(11, (9, 3)), torch.randint(11, (9,)))
+        for p, q in zip(average.parameters(), model.parameters()):
+            p.lerp_(q, 0.1)
+        for (_, b), (_, c) in zip(average.named_buffers(), model.named_buffers()):
+            b.copy_(c)
+        theirs.update_parameters(module)
+    for (name, p), q, now in zip(average.named_parameters(), theirs.module.parameters(), model.parameters()):
+        torch.testing.assert_close(p, q.detach(), msg=lambda m, name=name: f"{name}: {m}")
+        assert not torch.equal(p, now)
+    x = torch.randint(11, (9, 3))
+    with torch.no_grad():
+        torch.testing.assert_close(average.eval()(x), theirs.eval()(x))
+    with pytest.raises(AttributeError, match="buffers"):
+        swa.AveragedModel(model).update_parameters(model)

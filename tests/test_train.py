@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import inspect
+import pickle
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -184,6 +186,153 @@ def test_an_error_leaves_no_record_behind():
     step(xs[0], targets[0])
 
 
+class Refuses(Layer):
+    """Raises in its forward or its backward, if told to."""
+
+    when = ""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.when == "forward":
+            raise KeyboardInterrupt
+        self.push(out=x)
+        return x
+
+    def backward(self, dout: Tensor) -> Tensor:
+        if self.when == "backward":
+            raise RuntimeError("told to")
+        self.pop(dout)
+        return dout
+
+
+def make_fragile() -> Sequential:
+    """With running statistics before what may refuse, of handgrad and of torch, and in a part that is constant."""
+    torch.manual_seed(0)
+    inner = hg.from_torch(torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.BatchNorm1d(8)))
+    body = hg.Constant(Sequential(Linear(3, 8), BatchNorm1d(8, momentum=None)))
+    return Sequential(body, inner, Refuses(), BatchNorm1d(8), Linear(8, VOCABULARY))
+
+
+def full_state(step: TrainStep) -> list[Tensor]:
+    momentum = [t for state in step.optimizer.state.values() for t in state.values()]
+    return [t.clone() for t in (*step.model.state_dict().values(), *momentum)]
+
+
+def spoil_label(step: TrainStep, x: Tensor, target: Tensor) -> Any:
+    target = target.clone()
+    target[-1] = VOCABULARY
+    return step(x, target)
+
+
+def spoil_shape(step: TrainStep, x: Tensor, target: Tensor) -> Any:
+    return step(x, target[1:])
+
+
+def spoil_layer(step: TrainStep, x: Tensor, target: Tensor) -> Any:
+    step.model.layers[4], kept = Linear(7, VOCABULARY).to(x.dtype), step.model.layers[4]
+    try:
+        return step(x, target)
+    finally:
+        step.model.layers[4] = kept
+
+
+def spoil_run(when: str) -> Callable[[TrainStep, Tensor, Tensor], Any]:
+    def spoil(step: TrainStep, x: Tensor, target: Tensor) -> Any:
+        step.model.layers[2].when = when
+        try:
+            return step(x, target)
+        finally:
+            step.model.layers[2].when = ""
+
+    return spoil
+
+
+SPOILS: dict[str, tuple[Callable[[TrainStep, Tensor, Tensor], Any], type[BaseException]]] = {
+    "label": (spoil_label, IndexRangeError),
+    "target": (spoil_shape, ShapeError),
+    "layer": (spoil_layer, ShapeError),
+    "interruption": (spoil_run("forward"), KeyboardInterrupt),
+    "backward": (spoil_run("backward"), RuntimeError),
+}
+
+
+@pytest.mark.parametrize("name", SPOILS)
+def test_a_step_that_fails_changes_no_parameter_buffer_or_momentum(name):
+    spoil, error = SPOILS[name]
+    step = make_step(make_fragile(), momentum=0.9)
+    x, target = torch.randn(BATCH, 3), torch.randint(VOCABULARY, (BATCH,))
+    for dtype in (torch.float32, torch.float64):  # the step follows a conversion
+        step.model.to(dtype)
+        for t in step.optimizer.state.values():
+            t["momentum_buffer"] = t["momentum_buffer"].to(dtype)
+        step(x.to(dtype), target)
+        before, mean = full_state(step), step.model[3].running_mean.clone()
+        assert sum(b.is_floating_point() for b in step.buffers.tensors) == 6
+        with pytest.raises(error):
+            spoil(step, x.to(dtype), target)
+        torch.testing.assert_close(full_state(step), before, rtol=0, atol=0)
+        assert step.model.pending == step.loss.pending == 0
+        step(x.to(dtype), target)
+        assert not torch.equal(step.model[3].running_mean, mean)
+
+
+def test_buffers_that_nothing_changes_are_not_copied():
+    module = torch.nn.Linear(3, 2)
+    module.weight.requires_grad_(False)
+    layer = hg.from_torch(module)
+    step = TrainStep(layer, MSE(), SGD(layer.parameters()))
+    assert [name for name, _ in layer.named_buffers()] == ["weight"]
+    assert step.buffers.tensors == []
+
+
+@pytest.mark.parametrize("make", [copy.deepcopy, lambda step: pickle.loads(pickle.dumps(step))], ids=["copy", "pickle"])
+def test_a_copy_of_a_step_trains_the_copy(make):
+    step, (xs, targets) = make_step(make_model(), momentum=0.9), make_data()
+    step(xs[0], targets[0])
+    before = full_state(step)
+    twin = make(step)
+    assert_trains_alone(step, twin, before)
+
+
+def assert_trains_alone(step: TrainStep, twin: TrainStep, before: list[Tensor]) -> None:
+    xs, targets = make_data()
+    losses = twin.many(xs, targets)
+    torch.testing.assert_close(full_state(step), before, rtol=0, atol=0)
+    torch.testing.assert_close(step.many(xs, targets), losses)
+    torch.testing.assert_close(full_state(step), full_state(twin))
+
+
+@pytest.mark.parametrize("together", [True, False], ids=["one step", "two steps"])
+def test_steps_of_one_model_in_several_threads_follow_each_other_or_are_refused(together):
+    model, (xs, targets) = make_model(), make_data()
+    steps = [make_step(model, lr=0.01)] * 2 if together else [make_step(model, lr=0.01) for _ in range(2)]
+    done, refused = [], []
+
+    def work(step):
+        for _ in range(400):
+            try:
+                done.append(step(xs[0], targets[0]))
+            except StateError as error:
+                refused.append(str(error))
+
+    with ThreadPoolExecutor(2) as pool:
+        for future in [pool.submit(work, step) for step in steps]:
+            future.result()
+    assert len(done) + len(refused) == 800
+    assert all("another step of this model is under way; one model belongs" in text for text in refused)
+    alone = make_step(make_model(), lr=0.01)
+    expected = torch.stack([alone(xs[0], targets[0]) for _ in done])
+    torch.testing.assert_close(torch.stack(done).sort().values, expected.sort().values, rtol=0, atol=0)
+    assert_same_state(model, alone.model, exact=True)
+
+
+def test_a_step_within_a_step_is_refused():
+    step, (xs, targets) = make_step(make_model()), make_data()
+    step.optimizer.register_step_pre_hook(lambda *_: step(xs[0], targets[0]))
+    for _ in range(2):
+        with pytest.raises(StateError, match="another step of this model is under way"):
+            step(xs[0], targets[0])
+
+
 def test_a_step_under_no_grad_is_refused():
     step, (xs, targets) = make_step(make_model()), make_data()
     with torch.no_grad(), pytest.raises(StateError, match=r"outside torch.no_grad"):
@@ -259,6 +408,108 @@ class TestCompiled:
         eager, compiled = make_pair_step(), make_pair_step().compile(chunk=2)
         torch.testing.assert_close(compiled.many(xs, targets), eager.many(xs, targets))
         assert_same_state(compiled.model, eager.model)
+
+    @pytest.mark.parametrize("options", [pytest.param({}, id="plain", marks=pytest.mark.slow), {"momentum": 0.9}])
+    def test_groups_and_parameters_without_a_gradient_stay_in_the_graph(self, options):
+        """A frozen group with an lr of its own, and a layer that nobody calls; then the group is unfrozen."""
+
+        def make() -> TrainStep:
+            model = make_model()
+            model.layers[4].unused = Embedding(3, 2, generator=torch.Generator().manual_seed(3))
+            groups = [{"params": list(model[0].freeze().parameters()), "lr": 0.05}]
+            groups.append({"params": [p for p in model.parameters() if p is not model[0].weight]})
+            return TrainStep(model, CrossEntropy(), SGD(groups, lr=0.1, **options))
+
+        xs, targets = make_data()
+        eager, compiled = make(), make().compile(chunk=2)
+        for k in range(STEPS):
+            if k == 3:
+                eager.model[0].unfreeze(), compiled.model[0].unfreeze()
+            torch.testing.assert_close(compiled(xs[k], targets[k]), eager(xs[k], targets[k]))
+            assert compiled._groups()  # the next step will be in the graph
+        torch.testing.assert_close(full_state(compiled), full_state(eager))
+        assert len(compiled.optimizer.state) == (7 if options else 0)  # all but the layer that nobody calls
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("make", [copy.deepcopy, lambda s: pickle.loads(pickle.dumps(s))], ids=["copy", "pickle"])
+    def test_a_copy_trains_the_copy(self, make):
+        step, (xs, targets) = make_step(make_model(), momentum=0.9).compile(chunk=2), make_data()
+        for k in range(2):
+            step(xs[k], targets[k])
+        twin = make(step)
+        assert_trains_alone(step, twin, full_state(step))
+
+    def test_a_deep_copy_trains_the_copy(self):
+        step = TrainStep(model := Linear(3, 2), MSE(), SGD(model.parameters())).compile()
+        x, y = torch.randn(4, 3), torch.randn(4, 2)
+        step(x, y)
+        before, twin = full_state(step), copy.deepcopy(step)
+        twin(x, y)
+        torch.testing.assert_close(full_state(step), before, rtol=0, atol=0)
+        assert not torch.equal(twin.model.weight, model.weight)
+
+    @pytest.mark.slow
+    def test_a_refused_input_changes_nothing(self):
+        torch.manual_seed(0)
+        model = Sequential(*make_model()[:-1], Linear(8, 8), BatchNorm1d(8), hg.ReLU(), Linear(8, VOCABULARY))
+        step = make_step(model.to(torch.float64), momentum=0.9).compile(chunk=3)
+        xs, targets = make_data(3)
+        step(xs[0], targets[0]), step(xs[0], targets[0]), step.many(xs, targets)
+        bad = targets.clone()
+        bad[1, 0] = VOCABULARY
+        before = full_state(step)
+        for call in (lambda: step(xs[1], bad[1]), lambda: step.many(xs, bad), lambda: step(xs[0], targets[0, 1:])):
+            with pytest.raises((IndexRangeError, ShapeError)):
+                call()
+            torch.testing.assert_close(full_state(step), before, rtol=0, atol=0)
+        step(xs[0], targets[0])
+
+    def test_a_wholly_frozen_model_and_what_no_graph_can_hold(self):
+        class Prints(Tanh):
+            def forward(self, x: Tensor) -> Tensor:
+                print("forward")
+                return super().forward(x)
+
+        model, (x, y) = Linear(3, 2), (torch.ones(4, 3), torch.ones(4, 2))
+        step = TrainStep(model.freeze(), MSE(), SGD(model.parameters())).compile()
+        with pytest.raises(StateError, match="no parameter got a gradient, for all are frozen"):
+            step(x, y)
+        model.unfreeze()
+        assert step(x, y) > 0
+
+        class Unlike(Linear):
+            def add_grad(self, param: Tensor | None, grad: Tensor) -> None:
+                super().add_grad(param, grad[:1])
+
+        step = TrainStep(model := Unlike(3, 2), MSE(), SGD(model.parameters())).compile()
+        with pytest.raises(ShapeError, match=r"the gradient of weight must be \(2, 3\) .*, got \(1, 3\)"):
+            step(x, y)
+        model = Sequential(Linear(3, 2), Prints())
+        step = TrainStep(model, MSE(), SGD(model.parameters())).compile()
+        with pytest.raises(Exception, match="print"):  # torch's own, which says where
+            step(x, y)
+
+    @pytest.mark.slow
+    def test_in_several_threads_steps_follow_each_other_or_are_refused(self):
+        step, (xs, targets) = make_step(make_model(), lr=0.01).compile(), make_data()
+        step(xs[0], targets[0])
+        done, refused = [], []
+
+        def work():
+            for _ in range(300):
+                try:
+                    done.append(step(xs[0], targets[0]))
+                except StateError:
+                    refused.append(1)
+
+        with ThreadPoolExecutor(2) as pool:
+            for future in [pool.submit(work) for _ in range(2)]:
+                future.result()
+        alone = make_step(make_model(), lr=0.01)
+        assert len(done) + len(refused) == 600
+        for _ in range(len(done) + 1):
+            alone(xs[0], targets[0])
+        assert_same_state(step.model, alone.model)
 
     def test_freezing_after_compile_is_seen(self):
         model = make_model()
