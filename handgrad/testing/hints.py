@@ -459,8 +459,8 @@ def _right_with(f: Finding, i: int, new: Tensor) -> bool:
     with subject.recording(s.seed):
         subject.forward(twin, s.inputs)
         records = subject.unwrap(twin)._records
-        saved, _, spec = records[-1]
-        records[-1] = ((*saved[:i], new.clone(), *saved[i + 1 :]), [], spec)
+        saved, _, *rest = records[-1]
+        records[-1] = ((*saved[:i], new.clone(), *saved[i + 1 :]), [], *rest)
         try:
             grads = {**subject.backward(twin, s.inputs, s.douts), **subject.gradients(twin)}
         except CheckFailure:

@@ -324,21 +324,21 @@ faults(
 )
 faults(
     hg.ReLU,
-    ("slope 1 everywhere", "out.sign()", "torch.ones_like(out)"),
-    ("slope where out is 0", "out.sign()", "(out == 0)"),
-    ("threshold at a half", "out.sign()", "(out > 0.5)"),
-    ("dout forgotten", "dout * out.sign()", "out.sign()"),
-    ("the derivative of the square", "out.sign()", "(2 * out)"),
-    ("in float32", "dout * out.sign()", "(dout * out.sign()).float()"),
+    ("slope 1 everywhere", "where_positive(dout, out)", "dout.clone()"),
+    ("slope where out is 0", "where_positive(dout, out)", "dout * (out == 0)"),
+    ("threshold at a half", "where_positive(dout, out)", "where_positive(dout, out - 0.5)"),
+    ("dout forgotten", "where_positive(dout, out)", "where_positive(torch.ones_like(dout), out)"),
+    ("the derivative of the square", "where_positive(dout, out)", "dout * 2 * out"),
+    ("in float32", "where_positive(dout, out)", "where_positive(dout, out).float()"),
 )
 faults(
     hg.LeakyReLU,
-    ("as ReLU", "self.negative_slope * dout", "0 * dout"),
+    ("as ReLU", "self.negative_slope)", "0.0)"),
     ("slope 0.01 whatever was asked for", "self.negative_slope", "0.01"),
     ("the sides exchanged", "x.sign()", "x.neg().sign()"),
     ("slope squared", "self.negative_slope", "self.negative_slope ** 2"),
     ("dout forgotten", "# out = x where", "dout = torch.ones_like(dout)  # out = x where"),
-    ("slope 1 everywhere", "torch.lerp(self.negative_slope * dout, dout, positive)", "dout.clone()"),
+    ("slope 1 everywhere", "functional.threshold(x.sign(), 0, self.negative_slope)", "torch.ones_like(x)"),
 )
 faults(
     hg.SiLU,
@@ -441,7 +441,7 @@ faults(
 faults(
     hg.RNNCell,
     ("1 - out", "(1 - out * out)", "(1 - out)"),
-    ("relu's slope turned round", "out.sign()", "(out <= 0)"),
+    ("relu's slope turned round", "dout.where(out > 0, 0)", "dout.where(out <= 0, 0)"),
     ("dh through dout, not db", "dh = db @", "dh = dout @"),
     ("dh not through weight_hh", "dh = db @ weight_hh", "dh = db"),
     ("weight_hh transposed", "db @ weight_hh", "db @ weight_hh.t()"),
@@ -488,8 +488,8 @@ faults(
 )  # fmt: skip
 faults(
     hg.RNN,
-    ("the state's gradient not handed on", "(dout_t + dh)", "dout_t"),
-    ("only the last state's gradient", "(dout_t + dh)", "(0 * dout_t + dh)"),
+    ("the state's gradient not handed on", "dh = dout_t + dh", "dh = dout_t"),
+    ("only the last state's gradient", "dh = dout_t + dh", "dh = 0 * dout_t + dh"),
     ("the gradient of the last state forgotten", "dout if returned else (dout, 0)",
      "(dout[0] if returned else dout, 0)"),
     ("the steps' gradients in reversed order", "das[::-1]", "das"),
@@ -585,12 +585,12 @@ faults(
 )  # fmt: skip
 faults(
     hg.BCEWithLogits,
-    ("the sign", "return dlosses", "return -dlosses"),
+    ("the sign", "(dlosses * dx)", "(-dlosses * dx)"),
     ("pos_weight forgotten", "a = self._slope(target)", "a = None"),
     ("weight forgotten", "if weight is not None:", "if False:"),
     ("divided by the rows alone", "max(x.numel(), 1)", "max(len(x) if x.dim() else 1, 1)"),
     ("dout forgotten", "self.dlosses(dout,", "self.dlosses(None,"),
-    ("sigmoid's slope once more", "return dlosses", "return torch.sigmoid(x) * dlosses"),
+    ("sigmoid's slope once more", "(dlosses * dx)", "(torch.sigmoid(x) * dlosses * dx)"),
 )
 faults(
     hg.LinearCrossEntropy,

@@ -79,7 +79,7 @@ class OwnAbsolute(Loss):
     """The mean, the sum, or each of |x - target|: right."""
 
     def __init__(self, reduction="mean", scale=1.0):
-        super().__init__(reduction)
+        super().__init__(reduction=reduction)
         self.scale = scale
 
     def forward(self, x, target):
@@ -106,7 +106,7 @@ class MeanOnly(OwnAbsolute):
     def __init__(self, reduction="mean"):
         if reduction == "none":
             raise ArgumentError("MeanOnly: reduction must not be none")
-        super().__init__(reduction)
+        super().__init__(reduction=reduction)
 
 
 def own_l1(x, target, reduction="mean"):
