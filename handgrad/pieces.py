@@ -1,4 +1,4 @@
-"""Large tensors in pieces that the processor's cache holds, and a fast exp: all that the formulas know of memory.
+"""Large tensors in pieces that the processor's cache holds, and a fast exp: all that the formulas know of the machine.
 
 Several passes over a piece in the cache cost one trip to memory, which for large tensors is what takes the time. So a
 formula is written plainly, as if a tensor were whole, and `blockwise` hands it one piece after the other.
@@ -22,13 +22,21 @@ WHOLE = 1 << 20  # numbers that are not cut in pieces: up to there the calls cos
 PIECE = 1 << 17  # numbers in a piece: 512 KB of float32, so that three pieces are within a core's own cache
 
 
+def eager_on_cpu(x: Tensor) -> bool:
+    """Whether what is done with x happens at once and on the processor: then its values may be looked at, and pieces pay.
+
+    While a graph is compiled there are no values, and those on another device would have to be waited for.
+    """
+    return not is_compiling() and x.is_cpu
+
+
 def blockwise(formula: Callable[..., R], *tensors: Tensor) -> R:
     """``formula(*tensors)``, of large tensors computed piece by piece along dimension 0.
 
     The tensors are as long as each other; the formula gets the same rows of each. It returns rows of its own, one for
     each of theirs, or a tuple of rows (or None) and of sums over its rows: the rows are joined, the sums added up.
 
-    In a compiled graph tensors stay whole: there, torch makes one pass of many by itself.
+    In a compiled graph tensors stay whole: there, torch makes one pass of many by itself. So do those on another device.
 
     >>> x = torch.ones(4, 1 << 20)
     >>> rows, total = blockwise(lambda piece: (2 * piece, piece.sum(0)), x)
@@ -37,7 +45,7 @@ def blockwise(formula: Callable[..., R], *tensors: Tensor) -> R:
     """
     first = tensors[0]
     count = first.numel()
-    if count <= WHOLE or is_compiling():
+    if count <= WHOLE or not eager_on_cpu(first):
         return formula(*tensors)
     length = len(first)
     step = max(1, PIECE * length // count)
@@ -59,4 +67,4 @@ def exp(x: Tensor) -> Tensor:
 
     The product with LOG2_E is rounded, so that a relative error of eps becomes one of (1 + |x|) eps.
     """
-    return torch.exp(x) if x.numel() < FEW or is_compiling() else (x * LOG2_E).exp2_()
+    return (x * LOG2_E).exp2_() if x.numel() >= FEW and eager_on_cpu(x) else torch.exp(x)
