@@ -23,7 +23,7 @@ PIECE = 1 << 17  # numbers in a piece: 512 KB of float32, so that three pieces a
 
 
 def eager_on_cpu(x: Tensor) -> bool:
-    """Whether what is done with x happens at once and on the processor: then its values may be looked at, and pieces pay.
+    """Whether what is done with x is done now and by the processor: then its values may be looked at, and pieces pay.
 
     While a graph is compiled there are no values, and those on another device would have to be waited for.
     """
@@ -36,7 +36,7 @@ def blockwise(formula: Callable[..., R], *tensors: Tensor) -> R:
     The tensors are as long as each other; the formula gets the same rows of each. It returns rows of its own, one for
     each of theirs, or a tuple of rows (or None) and of sums over its rows: the rows are joined, the sums added up.
 
-    In a compiled graph tensors stay whole: there, torch makes one pass of many by itself. So do those on another device.
+    In a compiled graph tensors stay whole: there, torch makes one pass of many by itself. So they do off the CPU.
 
     >>> x = torch.ones(4, 1 << 20)
     >>> rows, total = blockwise(lambda piece: (2 * piece, piece.sum(0)), x)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from handgrad import pieces
-from handgrad.pieces import blockwise, exp
+from handgrad.pieces import blockwise, eager_on_cpu, exp
 
 
 @pytest.fixture
@@ -61,3 +61,14 @@ def test_exp_of_many_numbers_is_exp(dtype):
     relative = (exp(x) / torch.exp(x.double()).to(dtype) - 1).abs()
     assert bool((relative <= 4 * eps * (1 + x.abs())).all())
     assert torch.equal(exp(x[:5]), torch.exp(x[:5]))
+
+
+def test_only_on_the_cpu_and_not_while_compiling_is_a_tensor_in_pieces_or_looked_at(small_pieces, monkeypatch):
+    x, elsewhere, seen = torch.ones(6, 2), torch.ones(6, 2, device="meta"), []
+    assert eager_on_cpu(x)
+    assert not eager_on_cpu(elsewhere)
+    blockwise(lambda t: seen.append(len(t)) or t, elsewhere)
+    monkeypatch.setattr(pieces, "is_compiling", lambda: True)
+    assert not eager_on_cpu(x)
+    blockwise(lambda t: seen.append(len(t)) or t, x)
+    assert seen == [6, 6]

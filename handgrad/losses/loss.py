@@ -146,5 +146,5 @@ class ClassLoss(Loss):
 
 
 def where_used(x: Tensor, used: Tensor | None) -> Tensor:
-    """A copy of x that is 0 where not used; x itself where all is. (`where(used, 0)` would copy its 0 to the device.)"""
+    """A copy of x that is 0 where not used; x itself where all is. (`where(used, 0)` would copy the 0 to a device.)"""
     return x if used is None else x.masked_fill(~used, 0)
