@@ -25,9 +25,23 @@ from handgrad.testing.subject import unwrap
 from handgrad.twins import TWINS
 from tests.cases import CASES
 
-# A build of torch for the CPU alone cannot even name rows of a cuda tensor; meta is no CPU either, and known to all.
-DEVICE = torch.device("cuda" if torch.backends.cuda.is_built() else "meta")
-FROM_TORCH = "its backward is autograd's, whose engine needs the device itself"
+
+def device_of_fakes() -> torch.device:
+    """A device that is not the CPU: cuda, or meta where this torch cannot take a row of a tensor that is not there.
+
+    Builds for the CPU alone cannot, nor older ones without a GPU.
+    """
+    try:
+        with FakeTensorMode():
+            return torch.empty(2, device="cuda")[0].device
+    except RuntimeError:
+        return torch.device("meta")
+
+
+DEVICE = device_of_fakes()
+FROM_TORCH = (
+    "it compares addresses in memory, which such tensors have not, and autograd's engine needs the device itself"
+)
 
 
 class OnlyThere(TorchDispatchMode):
