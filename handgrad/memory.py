@@ -48,6 +48,7 @@ class Snapshot:
 
     def __init__(self, tensors: Iterable[Tensor]) -> None:
         self.tensors = list(tensors)
+        self._with_memory = [t for t in self.tensors if type(t) is Tensor]  # a fake one has none
         self._addresses: list[int] = []
         self._memory: list[Any] = []  # of each on the CPU: its bytes
         self._storages: list[Any] = []  # which keep them alive
@@ -61,8 +62,8 @@ class Snapshot:
 
     def take(self) -> None:
         """Note the values as they are now."""
-        addresses = list(map(Tensor.data_ptr, self.tensors))
-        if addresses != self._addresses:  # the first time, or the model was converted or moved
+        addresses = list(map(Tensor.data_ptr, self._with_memory))
+        if addresses != self._addresses or not addresses:  # the first time, or the model was converted or moved
             self._find(addresses)
         self._bytes = list(map(bytes, self._memory))
         if self._others:
@@ -76,7 +77,7 @@ class Snapshot:
             tensor.copy_(copy)
 
     def _find(self, addresses: list[int]) -> None:
-        plain = [t for t in self.tensors if type(t) is Tensor and t.device.type == "cpu" and t.is_contiguous()]
+        plain = [t for t in self._with_memory if t.device.type == "cpu" and t.is_contiguous()]
         self._memory = [(ctypes.c_char * t.nbytes).from_address(t.data_ptr()) for t in plain]
         self._storages = [t.untyped_storage() for t in plain]
         self._others = [t for t in self.tensors if not any(t is p for p in plain)]

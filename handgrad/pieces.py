@@ -26,6 +26,14 @@ HALF = frozenset((torch.float16, torch.bfloat16))
 PIECE = 1 << 17  # numbers in a piece: 512 KB of float32, so that three pieces are within a core's own cache
 
 
+def eager_on_cpu(x: Tensor) -> bool:
+    """Whether what is done with x is done now and by the processor: then its values may be looked at, and pieces pay.
+
+    While a graph is compiled there are no values, and those on another device would have to be waited for.
+    """
+    return not is_compiling() and x.is_cpu
+
+
 def wide(dtype: torch.dtype) -> torch.dtype:
     """What numbers of the dtype are computed in: float32 for half precision, else the dtype itself."""
     return torch.float32 if dtype in HALF else dtype
@@ -58,7 +66,7 @@ def blockwise(formula: Callable[..., R], *tensors: Tensor) -> R:
     The tensors are as long as each other; the formula gets the same rows of each. It returns rows of its own, one for
     each of theirs, or a tuple of rows (or None) and of sums over its rows: the rows are joined, the sums added up.
 
-    In a compiled graph tensors stay whole: there, torch makes one pass of many by itself.
+    In a compiled graph tensors stay whole: there, torch makes one pass of many by itself. So they do off the CPU.
 
     >>> x = torch.ones(4, 1 << 20)
     >>> rows, total = blockwise(lambda piece: (2 * piece, piece.sum(0)), x)
@@ -67,7 +75,7 @@ def blockwise(formula: Callable[..., R], *tensors: Tensor) -> R:
     """
     first = tensors[0]
     count = first.numel()
-    if count <= WHOLE or is_compiling():
+    if count <= WHOLE or not eager_on_cpu(first):
         return formula(*tensors) if first.dtype not in HALF else precise(formula, *tensors)
     length = len(first)
     step = max(1, PIECE * length // count)
@@ -89,7 +97,7 @@ def where_positive(dout: Tensor, out: Tensor) -> Tensor:
 
     The product is the same where dout is finite: infinity times 0 is NaN. (The sign of NaN is 0.)
     """
-    if dout.is_cpu and not is_compiling():
+    if eager_on_cpu(out):
         dx = dout * out.sign()
         if math.isfinite(dx.sum()):
             return dx
@@ -101,4 +109,4 @@ def exp(x: Tensor) -> Tensor:
 
     The product with LOG2_E is rounded, so that a relative error of eps becomes one of (1 + |x|) eps.
     """
-    return torch.exp(x) if x.numel() < FEW or is_compiling() else (x * LOG2_E).exp2_()
+    return (x * LOG2_E).exp2_() if x.numel() >= FEW and eager_on_cpu(x) else torch.exp(x)

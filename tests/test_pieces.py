@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from handgrad import pieces
-from handgrad.pieces import blockwise, exp, precise, where_positive
+from handgrad.pieces import blockwise, eager_on_cpu, exp, precise, where_positive
 
 
 @pytest.fixture
@@ -81,3 +81,14 @@ def test_where_positive_is_the_mask(monkeypatch, compiling):
     out, numbers = torch.tensor([0.0, -0.0, 1e-40, 3.0, torch.inf, torch.nan]), [2.0, -2.0, torch.inf, torch.nan]
     for dout in torch.tensor(numbers).unsqueeze(1).expand(-1, 6).unbind():
         torch.testing.assert_close(where_positive(dout, out), dout.where(out > 0, 0), equal_nan=True, rtol=0, atol=0)
+
+
+def test_only_on_the_cpu_and_not_while_compiling_is_a_tensor_in_pieces_or_looked_at(small_pieces, monkeypatch):
+    x, elsewhere, seen = torch.ones(6, 2), torch.ones(6, 2, device="meta"), []
+    assert eager_on_cpu(x)
+    assert not eager_on_cpu(elsewhere)
+    blockwise(lambda t: seen.append(len(t)) or t, elsewhere)
+    monkeypatch.setattr(pieces, "is_compiling", lambda: True)
+    assert not eager_on_cpu(x)
+    blockwise(lambda t: seen.append(len(t)) or t, x)
+    assert seen == [6, 6]

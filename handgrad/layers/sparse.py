@@ -20,8 +20,9 @@ class Embedding(Layer):
                dweight[v] = sum over those n of dout[n]; zero for v = padding_idx.
                An index has no gradient: dx is None.
     Recorded:  x
-    Raises:    ArgumentError; IndexRangeError for an index outside the table, negative ones included; DtypeError for
-               one that is no integer; StateError from a backward without a forward.
+    Raises:    ArgumentError; on a CPU IndexRangeError for an index outside the table, negative ones included (another
+               device asserts so itself, late and fatally); DtypeError for one that is no integer; StateError from a
+               backward without a forward.
 
     The table is drawn as torch.nn.Embedding draws it, from the standard normal, with row `padding_idx` zero. A
     negative `padding_idx` counts from the end. The row itself may be assigned; it just gets no gradient. A `max_norm`
@@ -60,14 +61,12 @@ class Embedding(Layer):
         self.weight = torch.empty(V, self.embedding_dim, dtype=dtype, device=device)
         self.weight.normal_(generator=generator)
         if self.padding_idx is not None:
-            self.weight[self.padding_idx] = 0
+            self.weight[self.padding_idx].zero_()
 
     def forward(self, x: Tensor) -> Tensor:
         if not isinstance(x, Tensor) or x.dtype not in (torch.int64, torch.int32):
             came = x.dtype if isinstance(x, Tensor) else type(x).__name__
             raise self.error(DtypeError, "forward", f"x must be an int64 or int32 tensor of indices, got {came}")
-        if x.is_cuda:
-            self._check_range(x)  # a device reports a bad index late and fatally; the CPU kernel refuses it below
         try:
             out = embedding(x, self.weight)  # weight[x], (..., D)
         except IndexError:
@@ -82,7 +81,7 @@ class Embedding(Layer):
         dweight = torch.zeros_like(self.weight)  # (V, D)
         dweight.index_add_(0, x.reshape(-1), dout.reshape(-1, self.embedding_dim))
         if self.padding_idx is not None:
-            dweight[self.padding_idx] = 0
+            dweight[self.padding_idx].zero_()
         self.add_grad(self.weight, dweight)
 
     def _check_range(self, x: Tensor) -> None:

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn.functional import nll_loss
 
 from handgrad.errors import ArgumentError, DtypeError, ShapeError
-from handgrad.losses.loss import ClassLoss
+from handgrad.losses.loss import ClassLoss, where_used
 from handgrad.pieces import exp
 
 
@@ -29,8 +29,9 @@ class CrossEntropy(ClassLoss):
                For w = 1, s = 0 that is the familiar dlosses[n] (p - onehot(y)), dlosses[n] = 1/N for the mean.
                The target has no gradient.
     Recorded:  logp, the target, weight; where rows are ignored, the mask of the others
-    Raises:    ShapeError; DtypeError; IndexRangeError for a target that is neither a class nor ignore_index;
-               ArgumentError, also for probabilities where ignore_index is a class; StateError.
+    Raises:    ShapeError; DtypeError; on a CPU IndexRangeError for a target that is neither a class nor
+               ignore_index (another device asserts so itself, late and fatally); ArgumentError, also for
+               probabilities where ignore_index is a class; StateError.
     Source:    torch.nn.CrossEntropyLoss for the semantics; makemore lecture 4 for the simplified gradient.
 
     >>> loss = CrossEntropy()
@@ -48,8 +49,6 @@ class CrossEntropy(ClassLoss):
             return self._forward_of_probabilities(x, target)
         dim = self._check(x, target)
         used, y = self.labels(target)
-        if x.is_cuda:
-            self.check_range(y, x.shape[dim])  # a device reports a bad label late and fatally
         logp = torch.log_softmax(x, dim)
         try:
             # -w[y] logp[n, y], reduced
@@ -60,8 +59,7 @@ class CrossEntropy(ClassLoss):
         s = self.label_smoothing
         if s > 0:
             smooth = (logp if self.weight is None else logp * _by_class(self.weight, logp, dim)).sum(dim)
-            if used is not None:
-                smooth = smooth.where(used, 0)
+            smooth = where_used(smooth, used)
             if self.reduction != "none":
                 smooth = smooth.sum()
             if self.reduction == "mean":

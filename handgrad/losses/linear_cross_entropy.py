@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.compiler import is_compiling
 from torch.nn.functional import linear
 
 from handgrad.arguments import integer, refused
 from handgrad.errors import ShapeError
 from handgrad.layers.linear import Linear, rows
-from handgrad.losses.loss import ClassLoss
+from handgrad.losses.loss import ClassLoss, where_used
+from handgrad.pieces import eager_on_cpu
 
 
 class LinearCrossEntropy(ClassLoss):
@@ -32,8 +32,8 @@ class LinearCrossEntropy(ClassLoss):
                divides by, and 0 where y = ignore_index;  dx = dz @ linear.weight,  and with sums over n
                dweight = dz^T x,  dbias = sum_n dz[n]  of linear
     Recorded:  x, target, top, log, weight and those of linear: O(rows), not O(rows V)
-    Raises:    ShapeError; DtypeError; IndexRangeError for a target that is neither a class nor ignore_index;
-               ArgumentError; StateError.
+    Raises:    ShapeError; DtypeError; on a CPU IndexRangeError for a target that is neither a class nor
+               ignore_index (another device asserts so itself, late and fatally); ArgumentError; StateError.
     Source:    torch.nn.LinearCrossEntropyLoss for parameters, keys and semantics; Wijmans et al. 2024,
                arXiv:2411.09009, for the recomputation.
 
@@ -79,7 +79,7 @@ class LinearCrossEntropy(ClassLoss):
         self._check(x, target)
         W, bias, xs = self.linear.weight, self.linear.bias, rows(x)
         used, y = self.labels(target.reshape(-1))
-        if not is_compiling():
+        if eager_on_cpu(y):
             self.check_range(y, self.num_classes)
         q_y, q_all, sum_q = self._q(y)
         tops, logs, z_ys, z_qs = [], [], [], []
@@ -95,7 +95,7 @@ class LinearCrossEntropy(ClassLoss):
         loss: Tensor = sum_q * log - q_y * z_y
         if z_qs:
             loss -= torch.cat(z_qs)
-        loss = loss[:, 0] if used is None else loss[:, 0].where(used, 0)
+        loss = where_used(loss[:, 0], used)
         if self.reduction == "mean":
             out = loss.sum() / self.count(y, used, x.dtype)
         else:

@@ -6,12 +6,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.compiler import is_compiling
 
 from handgrad.arguments import floating, integer, number, refused
 from handgrad.errors import DtypeError, IndexRangeError, ShapeError
 from handgrad.layer import Layer, Spec, buffer
-from handgrad.pieces import in_float32, wide
+from handgrad.pieces import eager_on_cpu, in_float32, wide
 
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -117,20 +116,20 @@ class ClassLoss(Loss):
     def labels(self, target: Tensor) -> tuple[Tensor | None, Tensor]:
         """Which rows count, None for all of them, and the labels, with 0 for those of ignored rows.
 
-        The usual batch, where nothing is negative and so nothing is ignored, goes without masks. A compiled graph
-        cannot look at values and always takes the mask.
+        The usual batch, where nothing is negative and so nothing is ignored, goes without masks. Where values may not
+        be looked at, the mask is always taken.
         """
         ignored = self.ignore_index
-        if ignored < 0 and not is_compiling() and (target.numel() == 0 or target.min().item() >= 0):
+        if ignored < 0 and eager_on_cpu(target) and (target.numel() == 0 or target.min().item() >= 0):
             return None, target
         used = target != ignored
-        return used, target.where(used, 0)
+        return used, where_used(target, used)
 
     def count(self, y: Tensor, used: Tensor | None, dtype: torch.dtype) -> Tensor | int:
         """What the mean divides by: the sum of w[y] over the rows that are used."""
         if self.weight is None:
             return y.numel() if used is None else used.sum(dtype=dtype)
-        return self.weight[y if used is None else y[used]].sum()
+        return where_used(self.weight[y], used).sum()
 
     def row_dlosses(self, dout: Tensor | None, x: Tensor, y: Tensor, used: Tensor | None) -> Tensor:
         """The gradient of each row's loss, 0 for an ignored row: like y, or () where it is one for all."""
@@ -138,8 +137,7 @@ class ClassLoss(Loss):
         if self.reduction == "mean":  # 0 where no row counts: then nothing has a gradient, whatever divides it
             count = self.count(y, used, x.dtype)
             count = count.masked_fill(count == 0, 1) if isinstance(count, Tensor) else max(count, 1)
-        dlosses = self.dlosses(dout, x, count)
-        return dlosses if used is None else dlosses.where(used, 0)
+        return where_used(self.dlosses(dout, x, count), used)
 
     def check_range(self, y: Tensor, classes: int) -> None:
         """Raise IndexRangeError unless every label is a class."""
@@ -148,3 +146,8 @@ class ClassLoss(Loss):
             if low < 0 or high >= classes:
                 wanted = f"targets must be in 0..{classes - 1} or ignore_index={self.ignore_index}"
                 raise self.error(IndexRangeError, "forward", f"{wanted}, got {low if low < 0 else high}")
+
+
+def where_used(x: Tensor, used: Tensor | None) -> Tensor:
+    """A copy of x that is 0 where not used; x itself where all is. (`where(used, 0)` would copy the 0 to a device.)"""
+    return x if used is None else x.masked_fill(~used, 0)
