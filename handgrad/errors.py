@@ -45,7 +45,7 @@ class StateDictError(HandgradError, RuntimeError):
 
 
 class CompileError(HandgradError, RuntimeError):
-    """A graph cannot be compiled here: there is no C++ compiler."""
+    """A graph cannot be compiled here: there is no C++ compiler, or torch is too old."""
 
 
 class NonFiniteError(HandgradError, ArithmeticError):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
 from collections.abc import Callable
 from typing import Any, TypeGuard
 
@@ -22,6 +21,7 @@ Group = tuple[list[Tensor], list["Tensor | None"], dict[str, Any]]
 is None for a parameter that has had no gradient; the graph puts those there that it makes."""
 
 SCHEDULED = ("lr", "momentum")  # what schedulers change: tensors in a graph, or each value would be compiled anew
+COMPILING = "2.13"  # the least torch for compile(): the graphs of all from 2.6 to 2.12 take an index of -1
 GRAPHS = 256  # that one compiled step may hold: one for each shape of a minibatch; torch's own limit is 8
 _at_work: dict[int, object] = {}  # by the id of a model: the call of a step that is under way
 
@@ -120,7 +120,7 @@ class TrainStep:
         - An error is the one that the step gives without compile(): after a failure, the layers run once more on a copy
           of the model, to say what was wrong. In `many`, steps before it may or may not be done already.
 
-        Raises CompileError without a C++ compiler, on a CPU.
+        Raises CompileError with a torch older than 2.13; on a CPU, without a C++ compiler.
         """
         return CompiledTrainStep(self, chunk)
 
@@ -157,6 +157,10 @@ class CompiledTrainStep(TrainStep):
     def __init__(self, step: TrainStep, chunk: int) -> None:
         if chunk < 1:
             raise ArgumentError(f"TrainStep.compile: chunk must be at least 1, got {chunk}")
+        if torch.__version__ < COMPILING:
+            problem = f"torch must be {COMPILING} or newer, for graphs of an older one take an index of -1, or crash; "
+            problem += f"upgrade it, or use the step without compile(); got {torch.__version__}"
+            raise CompileError(f"TrainStep.compile: {problem}")
         super().__init__(step.model, step.loss, step.optimizer)
         self.chunk = chunk
         self._layers = [layer for part in (step.model, step.loss) for _, layer in part.named_layers()]
@@ -170,8 +174,7 @@ class CompiledTrainStep(TrainStep):
         # without Python between the kernels, and all intermediates in one piece of memory
         options: dict[str, Any] = {"cpp_wrapper": True, "memory_planning": True, "memory_pool": "intermediates"}
         how: dict[str, Any] = {"fullgraph": True, "dynamic": False, "options": options}
-        if "isolate_recompiles" in inspect.signature(torch.compile).parameters:  # older torch has no such setting
-            how |= {"recompile_limit": GRAPHS, "isolate_recompiles": True}
+        how |= {"recompile_limit": GRAPHS, "isolate_recompiles": True}
         self._one, self._many = torch.compile(self._graph, **how), torch.compile(self._graph_many, **how)
 
     def __getstate__(self) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import pickle
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -13,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.torch_version import TorchVersion
 
 import handgrad as hg
 from handgrad import (
@@ -37,6 +37,7 @@ from handgrad import (
     Tanh,
     TrainStep,
 )
+from tests.versions import COMPILES
 
 STEPS, BATCH, VOCABULARY = 7, 6, 5
 
@@ -381,7 +382,15 @@ def test_what_cannot_train_is_refused():
         TrainStep(model, MSE(), torch.optim.LBFGS(model.parameters()))
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # torch's own, when inductor is imported
+def test_an_older_torch_does_not_compile(monkeypatch):
+    monkeypatch.setattr(torch, "__version__", TorchVersion("2.12.1+cpu"))
+    with pytest.raises(
+        CompileError, match=r"torch must be 2.13 or newer, .*; upgrade it, or use .*; got 2\.12\.1\+cpu"
+    ):
+        make_step(make_model()).compile()
+
+
+@COMPILES
 class TestCompiled:
     """The graphs of `compile()`; each shape and option compiles anew, so the cases are few."""
 
@@ -596,8 +605,6 @@ class TestCompiled:
 
     @torch._dynamo.config.patch(recompile_limit=1)
     def test_more_shapes_than_torch_allows_by_itself(self):
-        if "isolate_recompiles" not in inspect.signature(torch.compile).parameters:
-            pytest.skip("this torch has its limit for all")
         for _ in range(2):  # steps
             model = Linear(3, 2)
             step = TrainStep(model, MSE(), SGD(model.parameters(), lr=0.1)).compile()

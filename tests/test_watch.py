@@ -33,6 +33,7 @@ from handgrad import (
 )
 from handgrad.bench import profile
 from handgrad.twins import TWINS
+from tests.versions import COMPILES
 
 NAN, INF = float("nan"), float("inf")
 
@@ -209,6 +210,7 @@ def test_the_gradients_are_those_of_a_run_that_nobody_watches():
         assert p.grad.equal(q.grad)
 
 
+@COMPILES
 def test_a_compiled_step_refuses_while_somebody_watches():
     model, loss = small(), CrossEntropy()
     step = TrainStep(model, loss, SGD(model.parameters())).compile()

@@ -29,6 +29,7 @@ from handgrad import (
     Tanh,
     TrainStep,
 )
+from tests.versions import COMPILES
 
 
 def of(**nodes):
@@ -262,7 +263,7 @@ def names_mlp():
     return copy.deepcopy(plain), copy.deepcopy(graph)
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
+@COMPILES
 def test_the_names_mlp_as_a_graph_trains_as_the_sequential_does_compiled_too():
     x, y, losses = torch.randint(27, (32, 3)), torch.randint(27, (32,)), []
     plain, graph = names_mlp()

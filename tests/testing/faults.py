@@ -145,7 +145,7 @@ faults(
 faults(
     hg.CrossEntropy,
     ("the mean's 1/N forgotten", "self.dlosses(dout, x, count)", "self.dlosses(dout, x, 1)"),
-    ("ignored rows get the gradient of their class 0", "dlosses if used is None else", "dlosses if True else"),
+    ("ignored rows get the gradient of their class 0", "x, count), used)", "x, count), None)"),
     method="row_dlosses",
 )
 faults(
