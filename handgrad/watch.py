@@ -16,6 +16,7 @@ from torch import Tensor
 
 from handgrad.errors import ArgumentError, NonFiniteError
 from handgrad.layer import Layer
+from handgrad.records import tensors_in
 
 Look: TypeAlias = Callable[[str, Layer, Tensor], None]
 """Called with the path of a layer ("" for the model itself), the layer, and a tensor."""
@@ -103,13 +104,9 @@ class _Watcher:
             self.grad(self.names.get(id(param)) or self.paths[id(layer)], layer, grad)
 
     def _show(self, look: Look | None, layer: Layer, value: Any) -> None:
-        if look is None or value is None:
-            return
-        if isinstance(value, Tensor):
-            look(self.paths[id(layer)], layer, value)
-        elif isinstance(value, (tuple, list)):
-            for part in value:
-                self._show(look, layer, part)
+        if look is not None:
+            for t in (value,) if isinstance(value, Tensor) else tensors_in(value):
+                look(self.paths[id(layer)], layer, t)
 
 
 def _watched_ends(model: Layer) -> dict[str, Any]:

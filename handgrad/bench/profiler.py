@@ -21,6 +21,7 @@ from handgrad.losses.cross_entropy import CrossEntropy
 from handgrad.losses.loss import Loss
 from handgrad.losses.mse import MSE
 from handgrad.losses.several import Losses
+from handgrad.memory import Snapshot
 from handgrad.records import recorded_by_layer, tensors_in
 from handgrad.tables import BYTES, SECONDS, Shown, Table, bytes_text, seconds_text, unit_of
 
@@ -203,7 +204,8 @@ def _clocked(clock: _Clock, model: Layer, loss: Loss) -> Iterator[None]:
 @contextmanager
 def _unchanged(*owners: Layer) -> Iterator[None]:
     grads = [(p, p.grad) for owner in owners for p in owner.parameters()]
-    buffers = [(b, b.clone()) for owner in owners for _, b in owner.named_buffers()]
+    buffers = Snapshot(b for owner in owners for _, b in owner.named_buffers())
+    buffers.take()
     try:
         yield
     finally:
@@ -211,9 +213,7 @@ def _unchanged(*owners: Layer) -> Iterator[None]:
             owner.drop_records()
         for p, grad in grads:
             p.grad = grad
-        with torch.no_grad():
-            for b, value in buffers:
-                b.copy_(value)
+        buffers.put_back()
 
 
 def _profile(model: Layer, loss: Loss, recorded: dict[int, int], rounds: list[dict[tuple[int, str], float]]) -> Profile:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 
-import hypothesis
 import pytest
 import torch
 
@@ -12,17 +11,9 @@ from handgrad import Embedding, Layer, Linear, Parallel, Sequential, Tanh, param
 from handgrad.testing import CheckFailure, check_layer, judge
 from handgrad.testing.hints import Finding, Hint, agreed, hints
 from handgrad.testing.sample import sample_of
+from tests.testing.mistakes import Tower
 
-
-@pytest.fixture(autouse=True)
-def _the_same_examples():
-    """A hint is a guess: these tests are about the texts, not about luck."""
-    before = hypothesis.settings()
-    hypothesis.settings.register_profile("hints", parent=before, derandomize=True, max_examples=60)
-    hypothesis.settings.register_profile("before", parent=before)
-    hypothesis.settings.load_profile("hints")
-    yield
-    hypothesis.settings.load_profile("before")
+pytestmark = pytest.mark.usefixtures("_the_same_examples")
 
 
 def hints_of(make, x, **what) -> list[str]:
@@ -389,19 +380,6 @@ ORDER = "2 times, and it is right when the first backward takes the first of its
 
 def test_backwards_of_a_shared_layer_first_to_last():
     """Each takes the latest record, which is that of the other use."""
-
-    class Tower(Layer):
-        def __init__(self, tower):
-            self.tower = tower
-
-        def forward(self, a, b):
-            out = self.tower.forward_at("tower", a), self.tower.forward_at("tower", b)
-            self.push(out=out)
-            return out
-
-        def backward(self, dout):
-            self.pop(dout)
-            return tuple([self.tower.backward_at("tower", d) for d in dout])
 
     class InOrder(Parallel):
         def _backward_each(self, douts, need_dx):

@@ -4,22 +4,12 @@ from __future__ import annotations
 
 import re
 
-import hypothesis
 import pytest
 
 from handgrad.testing import CheckFailure, check_loss
 from tests.testing.mistakes import MISTAKES
 
-
-@pytest.fixture(autouse=True)
-def _the_same_examples():
-    """A hint is a guess: these tests are about the texts, not about luck."""
-    before = hypothesis.settings()
-    hypothesis.settings.register_profile("mistakes", parent=before, derandomize=True, max_examples=60)
-    hypothesis.settings.register_profile("before", parent=before)
-    hypothesis.settings.load_profile("mistakes")
-    yield
-    hypothesis.settings.load_profile("before")
+pytestmark = pytest.mark.usefixtures("_the_same_examples")
 
 
 @pytest.mark.parametrize("mistake", MISTAKES, ids=lambda m: m.what)
