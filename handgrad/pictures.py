@@ -1,4 +1,4 @@
-"""The pictures of `Statistics.figure`: four, one over the other, and a column for each that is compared."""
+"""Figures, and the pictures of `Statistics.figure`: four, one over the other, a column for each that is compared."""
 
 from __future__ import annotations
 
@@ -49,14 +49,18 @@ PICTURES = {
 }
 
 
-def draw(columns: list[Column]) -> Figure:
-    """Draw the columns side by side."""
+def new_figure(width: float, height: float, needs: str = "a picture needs") -> Figure:
+    """An empty matplotlib Figure of so many inches. Raises ImportError where matplotlib is missing."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        problem = 'pictures need matplotlib: pip install "handgrad[models]"'
-        raise ImportError(f"Statistics.figure: {problem}") from error
-    figure = Figure(figsize=(8.5 * len(columns), 12), layout="constrained")
+        raise ImportError(f'{needs} matplotlib: pip install "handgrad[models]"') from error
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def draw(columns: list[Column]) -> Figure:
+    """Draw the columns side by side."""
+    figure = new_figure(8.5 * len(columns), 12, "Statistics.figure: pictures need")
     grid: Any = figure.subplots(4, len(columns), squeeze=False, sharex="row", sharey="row")
     for axes, (key, (title, xlabel, missing)) in zip(grid, PICTURES.items()):
         every = [getattr(column, key) for column in columns]

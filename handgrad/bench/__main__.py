@@ -15,10 +15,11 @@ import torch
 
 from handgrad.bench.environment import environment
 from handgrad.bench.measure import Measurement, measure
-from handgrad.bench.report import as_dict, head, lines, new_figure, plot, write_json
+from handgrad.bench.report import as_dict, head, lines, plot, write_json
 from handgrad.errors import HandgradError
 from handgrad.losses.loss import Loss
 from handgrad.memory import keep_freed_memory
+from handgrad.pictures import new_figure
 from handgrad.twins import TWINS, Twin, rows, rows_and_labels
 
 SIZES = "32x64,256x512,4096x1024"

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from handgrad.bench.report import new_figure
 from handgrad.errors import StateError
 from handgrad.layer import Layer
 from handgrad.losses.cross_entropy import CrossEntropy
@@ -22,6 +21,7 @@ from handgrad.losses.loss import Loss
 from handgrad.losses.mse import MSE
 from handgrad.losses.several import Losses
 from handgrad.memory import Snapshot
+from handgrad.pictures import new_figure
 from handgrad.records import recorded_by_layer, tensors_in
 from handgrad.tables import BYTES, SECONDS, Shown, Table, bytes_text, seconds_text, unit_of
 

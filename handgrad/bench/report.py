@@ -5,14 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from handgrad.bench.environment import environment
 from handgrad.bench.measure import Measurement
+from handgrad.pictures import new_figure
 from handgrad.tables import bytes_text, seconds_text
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 WIDTHS = (18, 9, 8, 7, 8, 7, 6, 13, 7, 7)
 HEAD = ("layer", "size", "by", "forward", "backward", "both", "spread", "handgrad is", "record", "peak")
@@ -96,15 +94,6 @@ def plot(path: Path, results: Sequence[Measurement], title: str) -> None:
     axes.set_title(title)
     axes.legend()
     figure.savefig(path, dpi=120)
-
-
-def new_figure(width: float, height: float) -> Figure:
-    """An empty figure, of so many inches. Raises ImportError where matplotlib is missing."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError('a picture needs matplotlib: pip install "handgrad[models]"') from error
-    return Figure(figsize=(width, height), layout="constrained")
 
 
 def _line(row: Sequence[str], widths: Sequence[int] = WIDTHS, align: str = "lllrrrrlrr") -> str:
