@@ -31,7 +31,10 @@ def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
         prog="python -m handgrad.bench",
         description="Time layers, forward and backward, against the equal torch module under autograd. The contenders "
-        "take turns, so a busy machine slows both. Results are compared first.",
+        "take turns, so a busy machine slows both. Results are compared first. Inside a model is what a model takes "
+        "longer for having the layer: a chain of many copies less a chain of few, or a layer before it with and "
+        "without it. Alone is one call of forward and one of backward: there autograd pays for the call itself, too, "
+        "which a model pays once a step.",
     )
     p.add_argument(
         "--layer",
@@ -49,7 +52,12 @@ def parser() -> argparse.ArgumentParser:
         help="keep freed memory in the process, as TrainStep does: without fresh pages, which cost both the same",
     )
     p.add_argument("--compiled", action="store_true", help="the torch module under torch.compile, too")
-    p.add_argument("--seconds", type=float, default=1.0, help="for each layer and size, more if needed (default: 1)")
+    p.add_argument(
+        "--seconds",
+        type=float,
+        default=1.0,
+        help="for each layer and size, alone and inside a model each, more if needed (default: 1)",
+    )
     p.add_argument("--json", type=Path, help="write the results to this file")
     p.add_argument("--plot", type=Path, help="draw the results to this PNG file; needs matplotlib")
     return p
@@ -111,9 +119,14 @@ def run(
         results.append(measure(twin, size, dtype, compiled=compiled, seconds=seconds))
         _progress("")
         print(lines(results[-1]), flush=True)
-    ratios = [r.entries["autograd"].ratio.value for r in results if r.entries["autograd"].ratio]
-    if ratios:
-        print(f"geometric mean of autograd / handgrad: {geometric_mean(ratios):.2f}")
+    left_out = list(dict.fromkeys(r.name for r in results if r.entries["autograd"].inside_ratio is None))
+    if left_out:
+        print(f"not inside a model, for they have several inputs or outputs: {', '.join(left_out)}")
+    theirs = [r.entries["autograd"] for r in results]
+    inside, alone = [e.inside_ratio for e in theirs if e.inside_ratio], [e.ratio for e in theirs if e.ratio]
+    means = [f"{geometric_mean(r.value for r in ratios):.2f}" if ratios else "-" for ratios in (inside, alone)]
+    if results:
+        print(f"geometric mean of autograd / handgrad: {means[0]} inside a model, {means[1]} alone")
     return results
 
 

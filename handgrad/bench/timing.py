@@ -2,6 +2,9 @@
 
 A noisy machine is slow for a while, then fast again. So the contenders take turns in short blocks, and what is reported
 is the median over the rounds of the *ratio* within a round: both halves of a ratio saw the same machine.
+
+What one part of a whole costs is the time of the whole with more of them less that with fewer, round by round as well
+(`difference`), so that a ratio of two such differences has an interval that knows how noisy they are.
 """
 
 from __future__ import annotations
@@ -10,9 +13,11 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from statistics import median
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 SECONDS_PER_BLOCK = 0.05  # or one call: long enough to work from warm caches, as a loop does
+
+Name = TypeVar("Name")
 
 Contender = Callable[[int], tuple[float, ...]]
 """Do n calls; return the seconds that each part of them took, all calls together."""
@@ -45,6 +50,11 @@ class Ratio(NamedTuple):
     high: float
 
     @property
+    def unclear(self) -> bool:
+        """Whether the interval holds 1: the noise swallows the difference."""
+        return self.low <= 1 <= self.high
+
+    @property
     def verdict(self) -> str:
         """The ratio as text, or "no difference" where the interval holds 1.
 
@@ -53,7 +63,7 @@ class Ratio(NamedTuple):
         >>> Ratio(0.5, 0.4, 0.6).verdict
         '2.00 slower'
         """
-        if self.low <= 1 <= self.high:
+        if self.unclear:
             return "no difference"
         return f"{self.value:.2f} faster" if self.value > 1 else f"{1 / self.value:.2f} slower"
 
@@ -61,19 +71,37 @@ class Ratio(NamedTuple):
 def ratio(ours: Sequence[float], theirs: Sequence[float]) -> Ratio:
     """The ratio theirs / ours of the rounds' times.
 
-    The interval is that of order statistics: it supposes nothing about how the times are spread.
+    The interval is that of order statistics: it supposes nothing about how the times are spread. A round in which one
+    of the two is not above zero, as a difference of times may be, says nothing: it counts as the lowest ratio and as
+    the highest, so it can widen the interval only. The value is then the ratio of the medians, held to the interval.
 
     >>> ratio([1.0, 1.0, 2.0], [2.0, 3.0, 4.0])
     Ratio(value=2.0, low=2.0, high=3.0)
+    >>> ratio([1.0, -1.0, 1.0], [2.0, 2.0, 2.0]).verdict
+    'no difference'
     """
-    ratios = sorted(b / a for a, b in zip(ours, theirs))
-    rank = max(math.floor(len(ratios) / 2 - 0.98 * math.sqrt(len(ratios))), 0)
-    return Ratio(median(ratios), ratios[rank], ratios[-1 - rank])
+    known = sorted(b / a for a, b in zip(ours, theirs) if a > 0 and b > 0)
+    unknown = len(ours) - len(known)
+    rank = max(math.floor(len(ours) / 2 - 0.98 * math.sqrt(len(ours))), 0)
+    low, high = ([0.0] * unknown + known)[rank], (known + [math.inf] * unknown)[-1 - rank]
+    if not unknown:
+        return Ratio(median(known), low, high)
+    a, b = median(ours), median(theirs)
+    return Ratio(min(max(b / a, low), high) if a > 0 and b > 0 else 1.0, low, high)
+
+
+def difference(more: Times, fewer: Times, count: int) -> Times:
+    """What each of the `count` things costs that `more` has beyond `fewer`, in every part, round by round.
+
+    >>> difference(Times([[10.0, 12.0]]), Times([[2.0, 4.0]]), 8)
+    Times(parts=[[1.0, 1.0]])
+    """
+    return Times([[(m - f) / count for m, f in zip(*both)] for both in zip(more.parts, fewer.parts)])
 
 
 def interleave(
-    contenders: Mapping[str, Contender], seconds: float = 1.0, rounds: int = 9, precision: float = 0.01
-) -> dict[str, Times]:
+    contenders: Mapping[Name, Contender], seconds: float = 1.0, rounds: int = 9, precision: float = 0.01
+) -> dict[Name, Times]:
     """Let the contenders take turns; at least `rounds` rounds, then on until `seconds` have passed.
 
     It ends earlier once every ratio to the first contender is known to within `precision`.
@@ -83,7 +111,7 @@ def interleave(
     True
     """
     loops = {name: _loops(contender) for name, contender in contenders.items()}
-    taken: dict[str, list[list[float]]] = {name: [] for name in contenders}
+    taken: dict[Name, list[list[float]]] = {name: [] for name in contenders}
     first, begun, done = next(iter(contenders)), time.perf_counter(), 0
     while done < rounds or (time.perf_counter() - begun < seconds and not _settled(taken, first, precision)):
         order = list(contenders) if done % 2 == 0 else list(contenders)[::-1]  # so that none is always the one after
@@ -119,7 +147,7 @@ def _loops(contender: Contender) -> int:
         n = max(2 * n, math.ceil(1.2 * n * SECONDS_PER_BLOCK / taken)) if taken > SECONDS_PER_BLOCK / 100 else 10 * n
 
 
-def _settled(taken: Mapping[str, list[list[float]]], first: str, precision: float) -> bool:
+def _settled(taken: Mapping[Name, list[list[float]]], first: Name, precision: float) -> bool:
     ours = [sum(block) for block in taken[first]]
     for name, blocks in taken.items():
         if name != first:
