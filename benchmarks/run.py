@@ -1,4 +1,4 @@
-"""Make all results again: ``python benchmarks/run.py``, some twenty minutes on a machine that does nothing else.
+"""Make all results again: ``python benchmarks/run.py``, some fifty minutes on a machine that does nothing else.
 
 Writes JSON, the charts and a README with the tables into benchmarks/results. Needs matplotlib; NumPy and JAX compete
 where they are installed: ``pip install -e ".[models,bench]"``.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import subprocess
 import sys
@@ -22,10 +21,11 @@ sys.path.insert(0, str(HERE.parent))  # the source beside it, also where handgra
 
 from memory import HEAD as MEMORY_HEAD  # noqa: E402
 from memory import row as memory_row  # noqa: E402
-from names_mlp import chart  # noqa: E402
+from steps import chart, table  # noqa: E402
 
 from handgrad.tables import bytes_text, seconds_text  # noqa: E402
 
+CHARTS = ("names_mlp", "deep")
 OF_THE_MLP = ("Linear", "BatchNorm1d", "Tanh", "CrossEntropy", "Embedding", "Flatten")
 
 
@@ -49,6 +49,8 @@ def markdown(results: Path) -> str:
         ("wide_1_kept", steps),
         ("wide_2", steps),
         ("wide_2_kept", steps),
+        ("deep", steps),
+        ("deep_wide", steps),
         ("wide_layers", halves),
         ("memory", memory),
         ("watching", watching),
@@ -69,59 +71,73 @@ def markdown(results: Path) -> str:
 
 
 def layers(data: dict[str, Any]) -> tuple[str, Sequence[Sequence[str]], list[str]]:
-    """One row per layer: autograd's time over ours at each size, and the memory at the largest."""
+    """One row per layer: autograd's time over ours, inside a model and alone, and the memory at the largest size."""
     results = data["results"]
     sizes = sorted({tuple(r["size"]) for r in results})
-    rows = [["layer", *(f"{n}x{d}" for n, d in sizes), "recorded: ours", "autograd's", "peak: ours", "autograd's"]]
+    texts = [f"{n}x{d}" for n, d in sizes]
+    sides = ["recorded: ours", "autograd's", "peak: ours", "autograd's"]
+    rows = [["layer", *(f"inside, {text}" for text in texts), *(f"alone, {text}" for text in texts), *sides]]
     for name in dict.fromkeys(r["layer"] for r in results):
         by_size = {tuple(r["size"]): r["by"] for r in results if r["layer"] == name}
-        cells = []
-        for size in sizes:
-            value, low, high = by_size[size]["autograd"]["ratio"]["both"] if size in by_size else (math.nan,) * 3
-            cells.append(f"{value:.2f}" + (" =" if low <= 1 <= high else ""))
+        ratios = [by_size[size]["autograd"]["ratio"] if size in by_size else {} for size in sizes]
+        cells = [ratio_text(ratio.get(what)) for what in ("inside", "both") for ratio in ratios]
         last = by_size[max(by_size)]
         kept = [
             bytes_text(last[who][what]) for what in ("recorded_bytes", "peak_bytes") for who in ("handgrad", "autograd")
         ]
         rows.append([name, *cells, *kept])
-    ratios = [(r["layer"], r["by"]["autograd"]["ratio"]["both"][0]) for r in results]
-    mean = geometric_mean([ratio for _, ratio in ratios])
-    of_model = geometric_mean([ratio for name, ratio in ratios if name in OF_THE_MLP])
     memory = "without fresh pages" if data.get("keep_memory") else "memory as the allocator gives it"
     notes = [
         "Autograd's time over ours, forward and backward, one thread, float32: above 1 handgrad is faster, = means no",
-        f"difference beyond the noise; {memory}. Geometric mean {mean:.2f}; of {', '.join(OF_THE_MLP)} {of_model:.2f}.",
-        "Memory at the largest size.",
+        f"difference beyond the noise; {memory}. Inside is what a model takes longer for having the layer: what it",
+        "gains. Alone, autograd pays for each call of backward, too, which a model pays once a step. Layers with",
+        "several inputs or outputs have no figure inside. Memory at the largest size.",
+        f"Geometric mean inside a model {mean(results, 'inside')}, alone {mean(results, 'both')}; of",
+        f"{', '.join(OF_THE_MLP)} {mean(results, 'inside', OF_THE_MLP)} and {mean(results, 'both', OF_THE_MLP)}.",
     ]
     return "Layers against autograd" + (", freed memory kept" if data.get("keep_memory") else ""), rows, notes
 
 
+def ratio_text(found: Sequence[float | None] | None) -> str:
+    """A ratio of a layer's JSON, = where it is no difference; an end of None is one that noise has swallowed."""
+    if found is None:
+        return "-"
+    value, low, high = found
+    return f"{value:.2f}" + (" =" if low <= 1 and (high is None or high >= 1) else "")
+
+
+def mean(results: Sequence[dict[str, Any]], what: str, names: Sequence[str] = ()) -> str:
+    """The geometric mean of the layers' ratios, of all or of these."""
+    ratios = [r["by"]["autograd"]["ratio"][what] for r in results if not names or r["layer"] in names]
+    return f"{geometric_mean([ratio[0] for ratio in ratios if ratio]):.2f}"
+
+
 def halves(data: dict[str, Any]) -> tuple[str, Sequence[Sequence[str]], list[str]]:
-    """One row per layer: forward and backward by themselves."""
-    rows = [["layer", "forward: ours", "autograd's", "ratio", "backward: ours", "autograd's", "ratio"]]
+    """One row per layer: inside a model, and its forward and backward alone."""
+    parts = ("inside", "forward", "backward")
+    rows = [["layer", *(f"{part}: {who}" for part in parts for who in ("ours", "autograd's", "ratio"))]]
     for r in data["results"]:
         ours, theirs = r["by"]["handgrad"], r["by"]["autograd"]
         cells = []
-        for half in ("forward", "backward"):
-            cells += [seconds_text(ours[half]), seconds_text(theirs[half]), f"{theirs['ratio'][half][0]:.2f}"]
+        for part in parts:
+            cells += [seconds_text(ours[part]), seconds_text(theirs[part]), ratio_text(theirs["ratio"][part])]
         rows.append([r["layer"], *cells])
     n, d = data["results"][0]["size"]
-    return f"Where the wide step's time goes: its layers at {n}x{d}", rows, ["One thread; autograd's time over ours."]
+    notes = ["One thread; autograd's time over ours. Inside a model; then forward and backward of the layer alone."]
+    return f"Where the wide step's time goes: its layers at {n}x{d}", rows, notes
 
 
 def steps(data: dict[str, Any]) -> tuple[str, Sequence[Sequence[str]], list[str]]:
     """One row per contender: the time of a step."""
-    results = sorted(data["results"], key=lambda r: r["seconds"])
-    rows = [["contender", "a step", "spread", "autograd's time over this", "to the first result"]]
-    for r in results:
-        value, low, high = r["autograd_over_this"]
-        star = " (the best autograd)" if r["best_autograd"] else ""
-        cells = [seconds_text(r["seconds"]), f"{r['spread']:.0%}", f"{value:.2f} ({low:.2f} to {high:.2f})"]
-        rows.append([r["contender"] + star, *cells, seconds_text(r["first_result_seconds"])])
-    first = results[0]
-    title = f"A step of the names MLP: hidden {first['hidden']}, batch {first['batch']}, {first['threads']} thread(s)"
+    title = f"A step of the {data['task']}, {data['environment']['threads']} thread(s)"
     title += ", freed memory kept" if data.get("keep_memory") else ""
-    return title, rows, ["Sampling the minibatch included; the time to the first result includes compiling."]
+    notes = [
+        "Sampling the minibatch included; * is the autograd compared with. First is the time to the first result of a",
+        "new process, its libraries imported, by what the compilers' caches hold: empty; cold, what torch makes once",
+        "per machine, its probes of the processor and its precompiled header; warm, what such a process has left.",
+        "What compiles nothing has one figure.",
+    ]
+    return title, table(data["results"]), notes
 
 
 def memory(data: dict[str, Any]) -> tuple[str, Sequence[Sequence[str]], list[str]]:
@@ -169,18 +185,19 @@ def main() -> None:
         for name in OF_THE_MLP:
             kept += ["--layer", name]
             wide += ["--layer", name]
-        turns, sizes = "2" if args.quick else "60", ["--sizes", "32x64"] if args.quick else []
+        turns = ["--seconds", "2", "--no-first"] if args.quick else ["--seconds", "60"]
+        sizes = ["--sizes", "32x64"] if args.quick else []
         commands = [
             [*every, "--seconds", "0.05" if args.quick else "1", *sizes],
             [*kept, "--seconds", "0.05" if args.quick else "2", *sizes],
-            script("names_mlp.py", "--seconds", turns, "--json", str(out / "names_mlp.json")),
+            script("names_mlp.py", *turns, "--json", str(out / "names_mlp.json")),
             *(
-                script(
-                    "names_mlp.py", "--wide", "--threads", threads, "--seconds", turns, *keep, "--json", str(out / name)
-                )
+                script("names_mlp.py", "--wide", "--threads", threads, *turns, *keep, "--json", str(out / name))
                 for threads in ("1", "2")
                 for keep, name in (([], f"wide_{threads}.json"), (["--keep-memory"], f"wide_{threads}_kept.json"))
             ),
+            script("deep.py", *turns, "--json", str(out / "deep.json")),
+            script("deep.py", "--wide", *turns, "--json", str(out / "deep_wide.json")),
             [*wide, "--seconds", "0.05" if args.quick else "2"],
             script("memory.py", "--json", str(out / "memory.json")),
             script("models.py", "--seconds", "1" if args.quick else "20", "--json", str(out / "models.json")),
@@ -195,8 +212,9 @@ def main() -> None:
                 failed.append(" ".join(command[1:]))
         if failed:
             print("failed: " + "; ".join(failed), file=sys.stderr)
-    if (out / "names_mlp.json").exists():
-        chart(out / "names_mlp.png", json.loads((out / "names_mlp.json").read_text())["results"])
+    for name in CHARTS:
+        if (out / f"{name}.json").exists():
+            chart(out / f"{name}.png", json.loads((out / f"{name}.json").read_text()))
     (out / "README.md").write_text(markdown(out))
     print(f"wrote {out}/README.md")
 
