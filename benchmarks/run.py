@@ -1,4 +1,4 @@
-"""Make all results again: ``python benchmarks/run.py``, some fifty minutes on a machine that does nothing else.
+"""Make all results again: ``python benchmarks/run.py``, about an hour on a machine that does nothing else.
 
 Writes JSON, the charts and a README with the tables into benchmarks/results. Needs matplotlib; NumPy and JAX compete
 where they are installed: ``pip install -e ".[models,bench]"``.
@@ -92,8 +92,9 @@ def layers(data: dict[str, Any]) -> tuple[str, Sequence[Sequence[str]], list[str
         f"difference beyond the noise; {memory}. Inside is what a model takes longer for having the layer: what it",
         "gains. Alone, autograd pays for each call of backward, too, which a model pays once a step. Layers with",
         "several inputs or outputs have no figure inside. Memory at the largest size.",
-        f"Geometric mean inside a model {mean(results, 'inside')}, alone {mean(results, 'both')}; of",
-        f"{', '.join(OF_THE_MLP)} {mean(results, 'inside', OF_THE_MLP)} and {mean(results, 'both', OF_THE_MLP)}.",
+        f"Geometric mean inside a model {mean_ratio(results, 'inside')}, alone {mean_ratio(results, 'both')}; of",
+        f"{', '.join(OF_THE_MLP)} {mean_ratio(results, 'inside', OF_THE_MLP)} and",
+        f"{mean_ratio(results, 'both', OF_THE_MLP)}.",
     ]
     return "Layers against autograd" + (", freed memory kept" if data.get("keep_memory") else ""), rows, notes
 
@@ -106,7 +107,7 @@ def ratio_text(found: Sequence[float | None] | None) -> str:
     return f"{value:.2f}" + (" =" if low <= 1 and (high is None or high >= 1) else "")
 
 
-def mean(results: Sequence[dict[str, Any]], what: str, names: Sequence[str] = ()) -> str:
+def mean_ratio(results: Sequence[dict[str, Any]], what: str, names: Sequence[str] = ()) -> str:
     """The geometric mean of the layers' ratios, of all or of these."""
     ratios = [r["by"]["autograd"]["ratio"][what] for r in results if not names or r["layer"] in names]
     return f"{geometric_mean([ratio[0] for ratio in ratios if ratio]):.2f}"
@@ -131,12 +132,13 @@ def steps(data: dict[str, Any]) -> tuple[str, Sequence[Sequence[str]], list[str]
     """One row per contender: the time of a step."""
     title = f"A step of the {data['task']}, {data['environment']['threads']} thread(s)"
     title += ", freed memory kept" if data.get("keep_memory") else ""
-    notes = [
-        "Sampling the minibatch included; * is the autograd compared with. First is the time to the first result of a",
-        "new process, its libraries imported, by what the compilers' caches hold: empty; cold, what torch makes once",
-        "per machine, its probes of the processor and its precompiled header; warm, what such a process has left.",
-        "What compiles nothing has one figure.",
-    ]
+    notes = ["Autograd's time over this, sampling the minibatch included; * is the autograd compared with."]
+    if data["results"][0]["first_result_seconds"]:
+        notes += [
+            "First is the time to the first result of a new process, its libraries imported, by what the compilers'",
+            "caches hold: nothing (empty); what torch makes once per machine, its probes of the processor and its",
+            "precompiled header (cold); all that such a process has left (warm). What compiles nothing has one figure.",
+        ]
     return title, table(data["results"]), notes
 
 
@@ -192,9 +194,13 @@ def main() -> None:
             [*kept, "--seconds", "0.05" if args.quick else "2", *sizes],
             script("names_mlp.py", *turns, "--json", str(out / "names_mlp.json")),
             *(
-                script("names_mlp.py", "--wide", "--threads", threads, *turns, *keep, "--json", str(out / name))
-                for threads in ("1", "2")
-                for keep, name in (([], f"wide_{threads}.json"), (["--keep-memory"], f"wide_{threads}_kept.json"))
+                script("names_mlp.py", "--wide", "--threads", threads, *turns, *more, "--json", str(out / name))
+                for threads, more, name in (
+                    ("1", [], "wide_1.json"),
+                    ("1", ["--keep-memory", "--no-first"], "wide_1_kept.json"),
+                    ("2", ["--no-first"], "wide_2.json"),
+                    ("2", ["--keep-memory", "--no-first"], "wide_2_kept.json"),
+                )
             ),
             script("deep.py", *turns, "--json", str(out / "deep.json")),
             script("deep.py", "--wide", *turns, "--json", str(out / "deep_wide.json")),

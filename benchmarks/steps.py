@@ -40,8 +40,6 @@ from handgrad.tables import seconds_text, text_table
 
 EPS, MOMENTUM = 1e-5, 0.1
 FIRST = ("empty", "cold", "warm")  # the states of the caches
-HEAD = ["contender", "a step", "spread", "autograd's time over this", *(f"first, {state}" for state in FIRST)]
-SHORT = ["contender", "a step", "spread", "autograd's / this", *FIRST]  # for a terminal
 PROBES = "from torch._inductor.cpu_vec_isa import pick_vec_isa; pick_vec_isa()"
 
 Weights = dict[str, np.ndarray]
@@ -305,20 +303,14 @@ def take_turns(found: dict[str, Contender], seconds: float) -> list[dict[str, An
 
 
 def table(results: Sequence[dict[str, Any]]) -> list[list[str]]:
-    """A line for each contender, the fastest first, under a head."""
-    lines = [HEAD]
+    """A line for each contender, the fastest first, under a head; the first results where they were measured."""
+    states = FIRST if all(r["first_result_seconds"] for r in results) else ()
+    lines = [["contender", "a step", "autograd / this", *(f"first, {state}" for state in states)]]
     for r in sorted(results, key=lambda r: r["seconds"]):
+        name = r["contender"] + (" *" if r["best_autograd"] else "")
         value, low, high = r["autograd_over_this"]
-        first = r["first_result_seconds"]
-        lines.append(
-            [
-                r["contender"] + (" *" if r["best_autograd"] else ""),
-                seconds_text(r["seconds"]),
-                f"{r['spread']:.0%}",
-                f"{value:.2f} ({low:.2f} to {high:.2f})",
-                *(seconds_text(first[state]) if first else "" for state in FIRST),
-            ]
-        )
+        first = [seconds_text(r["first_result_seconds"][state]) for state in states]
+        lines.append([name, seconds_text(r["seconds"]), f"{value:.2f} ({low:.2f} to {high:.2f})", *first])
     return lines
 
 
@@ -387,9 +379,8 @@ def main(doc: str, task_of: Callable[[bool], Task], rows_of: Callable[[Task, boo
     found = compare(task, rows)
     print(f"  taking turns for {args.seconds:.0f} s ...", flush=True)
     results = [{**r, "first_result_seconds": first.get(r["contender"])} for r in take_turns(found, args.seconds)]
-    print(
-        "* is the autograd compared with; first is the time to the first result, by the state of the compilers' caches"
-    )
-    print(text_table([SHORT, *table(results)[1:]], "lrrrrrr"), flush=True)
+    lines = table(results)
+    print("* is the autograd compared with; first is the time to the first result, by what the compilers' caches hold")
+    print(text_table(lines, "l" + "r" * (len(lines[0]) - 1)), flush=True)
     if args.json:
         write_json(args.json, results, task=task.title, keep_memory=args.keep_memory)

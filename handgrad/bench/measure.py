@@ -1,6 +1,6 @@
 """One layer against the equal torch module: first the same results, then the times and the memory.
 
-A layer is timed alone, and as it is inside a model. Alone, autograd pays for each call of backward, some 20 to 30
+A layer is timed alone, and as it is inside a model. Alone, autograd pays for each call of backward, some 10 to 30
 microseconds on a CPU before the first operation, what a model pays once a step. So only the time inside says what a
 model gains. It is what a model takes longer for having the layer:
 
