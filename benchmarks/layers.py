@@ -1,4 +1,4 @@
-"""Every layer against the equal torch module under autograd, at three sizes; the flags of ``python -m handgrad.bench``.
+"""Every layer against the equal torch module, inside a model and alone; the flags of ``python -m handgrad.bench``.
 
 python benchmarks/layers.py
 """
