@@ -326,7 +326,7 @@ def chart(path: Path, data: dict[str, Any]) -> None:
     axes.bar_label(bars, texts, padding=4)
     axes.axvline(1, color="black", lw=1, ls="--")
     axes.invert_yaxis()
-    axes.margins(x=0.18)
+    axes.margins(x=0.25)
     axes.set_xlim(left=0)
     axes.spines[["top", "right"]].set_visible(False)
     axes.set_xlabel("times the speed of torch.nn under autograd (the dashed line); beside it, the time of a step")
