@@ -23,6 +23,7 @@ from memory import HEAD as MEMORY_HEAD  # noqa: E402
 from memory import row as memory_row  # noqa: E402
 from steps import chart, table  # noqa: E402
 
+from handgrad.bench.report import inside_text  # noqa: E402
 from handgrad.tables import bytes_text, seconds_text  # noqa: E402
 
 CHARTS = ("names_mlp", "deep")
@@ -121,7 +122,8 @@ def halves(data: dict[str, Any]) -> tuple[str, Sequence[Sequence[str]], list[str
         ours, theirs = r["by"]["handgrad"], r["by"]["autograd"]
         cells = []
         for part in parts:
-            cells += [seconds_text(ours[part]), seconds_text(theirs[part]), ratio_text(theirs["ratio"][part])]
+            text = inside_text if part == "inside" else seconds_text
+            cells += [text(ours[part]), text(theirs[part]), ratio_text(theirs["ratio"][part])]
         rows.append([r["layer"], *cells])
     n, d = data["results"][0]["size"]
     notes = ["One thread; autograd's time over ours. Inside a model; then forward and backward of the layer alone."]
