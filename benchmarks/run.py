@@ -11,6 +11,7 @@ import json
 import os
 import subprocess
 import sys
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import geometric_mean
@@ -64,7 +65,8 @@ def markdown(results: Path) -> str:
         env = data["environment"]
         title, rows, notes = show(data)
         text += ["", f"## {title}", ""]
-        text += [f"{env['machine']}, torch {env['torch']}, Python {env['python']}, commit {env['commit']}.", *notes, ""]
+        where = f"{env['machine']}, torch {env['torch']}, Python {env['python']}, commit {env['commit']}."
+        text += [where, *textwrap.wrap(" ".join(notes), 120, break_on_hyphens=False), ""]
         if (results / f"{name}.png").exists():
             text += [f"![{title}]({name}.png)", ""]
         text += ["| " + " | ".join(row) + " |" for row in (rows[0], ["---", *["---:"] * (len(rows[0]) - 1)], *rows[1:])]
@@ -132,7 +134,7 @@ def halves(data: dict[str, Any]) -> tuple[str, Sequence[Sequence[str]], list[str
 
 def steps(data: dict[str, Any]) -> tuple[str, Sequence[Sequence[str]], list[str]]:
     """One row per contender: the time of a step."""
-    title = f"A step of the {data['task']}, {data['environment']['threads']} thread(s)"
+    title = f"A training step: {data['task']}, {data['environment']['threads']} thread(s)"
     title += ", freed memory kept" if data.get("keep_memory") else ""
     notes = ["Autograd's time over this, sampling the minibatch included; * is the autograd compared with."]
     if data["results"][0]["first_result_seconds"]:
