@@ -72,10 +72,9 @@ class Fingerprint:
 
     def _of_groups(self) -> list[Any]:
         """Of each parameter group: its parameters, its options, and whether it has a momentum at all."""
-        groups = self._optimizer.param_groups
         return [
-            (list(map(id, g["params"])), [g.get(name) for name in self._options], g.get("momentum", 0) != 0)
-            for g in groups
+            (list(map(id, group["params"])), list(map(group.get, self._options)), group.get("momentum", 0) != 0)
+            for group in self._optimizer.param_groups
         ]
 
 

@@ -55,7 +55,8 @@ class _Found:
     """The indices that were clamped, and whether any was out of range: a node."""
 
     def __init__(self, graph: fx.Graph) -> None:
-        self.graph, self.outside = graph, None
+        self.graph = graph
+        self.outside: fx.Node | None = None
         self.done: dict[tuple[Any, int, bool], Any] = {}
 
     def clamped(self, index: Any, size: int, user: fx.Node, wraps: bool = False) -> Any:
@@ -69,14 +70,12 @@ class _Found:
         with self.graph.inserting_before(user):
             if key not in self.done:
                 if wraps:
-                    index = call(
-                        aten.where.self, (call(aten.lt.Scalar, (index, 0)), call(aten.add.Tensor, (index, size)), index)
-                    )
+                    from_end = call(aten.lt.Scalar, (index, 0)), call(aten.add.Tensor, (index, size))
+                    index = call(aten.where.self, (*from_end, index))
                 self.done[key] = call(aten.clamp.default, (index, 0, size - 1))
                 outside = call(aten.any.default, (call(aten.ne.Tensor, (index, self.done[key])),))
-                self.outside = (
-                    outside if self.outside is None else call(aten.logical_or.default, (self.outside, outside))
-                )
+                earlier = self.outside
+                self.outside = outside if earlier is None else call(aten.logical_or.default, (earlier, outside))
             result = self.done[key]
             for view in reversed(views):
                 result = call(view.target, (result, *view.args[1:]), view.kwargs)

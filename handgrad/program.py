@@ -19,7 +19,7 @@ import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, fx
@@ -35,20 +35,15 @@ EXAMPLES = 4  # minibatches that the loop is exported with; any other number wil
 _one_at_a_time = threading.RLock()  # torch exports and compiles in one thread at a time
 
 
+Tensors: TypeAlias = list[Tensor]
+
+
 class Number(NamedTuple):
     """A scheduled option: of which parameter group, its name, and where in a pair."""
 
     group: int
     name: str
-    index: int | None
-
-    def __str__(self) -> str:
-        parts = [
-            self.name,
-            *([] if self.index is None else [str(self.index)]),
-            *([str(self.group)] if self.group else []),
-        ]
-        return ".".join(parts)
+    place: int | None
 
 
 class Stage(NamedTuple):
@@ -137,11 +132,11 @@ def update(optimizer: torch.optim.Optimizer, new: dict[int, Tensor], values: dic
         params = [p for p in group["params"] if id(p) in new]
         options: dict[str, Any] = {**group, "params": [new[id(p)] for p in params]}
         for number, value in values.items():
-            if number.group == i and number.index is None:
+            if number.group == i and number.place is None:
                 options[number.name] = value
             elif number.group == i:
                 pair = list(options[number.name])
-                pair[number.index] = value  # type: ignore[call-overload]
+                pair[number.place or 0] = value
                 options[number.name] = tuple(pair)
         if "capturable" in options:  # torch's word for: the options may be tensors
             options |= {"capturable": True, "foreach": False, "fused": False}
@@ -180,9 +175,7 @@ class _Step(torch.nn.Module):
         self.stage, self.state, self.wanted, self.structure = stage, state, wanted, structure
         self.found = found  # told which parameters got a gradient, and in how many places random numbers were drawn
 
-    def forward(
-        self, state: list[Tensor], values: list[Tensor], sums: list[Tensor], parts: list[Tensor], seed: Tensor
-    ) -> Any:
+    def forward(self, state: Tensors, values: Tensors, sums: Tensors, parts: Tensors, seed: Tensor) -> Any:
         stage, new = self.stage, {id(t): s for t, s in zip(self.state, state)}
         params = [new[id(p)] for p in stage.params]
         for p, stand_in in zip(stage.params, params):
@@ -234,25 +227,14 @@ def trace(stage: Stage, x: Any, target: Any) -> Traced:
     return Traced(graph, state, wanted, parts, changed, updated, graded, checked, drawn > 0, digest)
 
 
-def _digest(exported: torch.export.ExportedProgram, tensors: list[Tensor], stage: Stage) -> str:
+def _digest(exported: torch.export.ExportedProgram, tensors: Tensors, stage: Stage) -> str:
     """A name for what is compiled: of the step's text, the tensors' kinds, and what torch compiles it with and for."""
     constants = [(name, t.tolist() if isinstance(t, Tensor) else t) for name, t in exported.constants.items()]
-    of_tensors = [(tuple(t.shape), t.stride(), t.dtype, t.device) for t in tensors]
+    kinds = [(t.shape, t.stride(), t.dtype, t.device) for t in tensors]
     machine = torch.__version__, torch.backends.cpu.get_cpu_capability(), torch.get_num_threads(), os.environ.get("CXX")
-    own = Path(__file__).read_text()
-    text = repr(
-        (
-            exported.graph_module.code,
-            str(exported.graph_signature),
-            constants,
-            of_tensors,
-            stage.accumulate,
-            stage.mean,
-            machine,
-            own,
-        )
-    )
-    return hashlib.sha256(text.encode()).hexdigest()
+    text = exported.graph_module.code, exported.graph_signature, constants
+    ways = stage.accumulate, stage.mean, Path(__file__).read_text()
+    return hashlib.sha256(repr((*text, kinds, *machine, *ways)).encode()).hexdigest()
 
 
 class _Loop(torch.nn.Module):
@@ -263,13 +245,7 @@ class _Loop(torch.nn.Module):
         self.graph, self.traced, self.stage = traced.graph, traced, stage
 
     def forward(
-        self,
-        state: list[Tensor],
-        values: list[Tensor],
-        parts: list[Tensor],
-        seeds: list[Tensor],
-        first: Tensor,
-        last: Tensor,
+        self, state: Tensors, values: Tensors, parts: Tensors, seeds: Tensors, first: Tensor, last: Tensor
     ) -> Any:
         from torch._higher_order_ops.while_loop import while_loop
 
@@ -304,7 +280,7 @@ class _Loop(torch.nn.Module):
         loss_node = next(reversed(graph.graph.nodes)).args[0][C]
         losses = torch.zeros(parts[0].shape[0] // A, dtype=loss_node.meta["val"].dtype, device=parts[0].device)
         begin = [state[i] for i in changed] + [torch.zeros_like(state[i]) for i in traced.graded]
-        k, wrong, losses, *carried = while_loop(goes_on, step, (first, first > last, losses, *begin))
+        k, wrong, losses, *carried = while_loop(goes_on, step, (first, first > last, losses, *begin))  # type: ignore[no-untyped-call]
         for i, t in zip(changed, carried):
             state[i].copy_(torch.where(wrong, state[i], t) if traced.checked else t)
         return losses, torch.where(wrong, k - 1, -1), carried[C:]
@@ -346,7 +322,8 @@ class Program:
     def _seeds(self, count: int) -> Tensor:
         """One per minibatch, drawn from each generator of the layers, or from torch's global one."""
         seeds = torch.zeros(count, dtype=torch.int64)
-        for generator in self._generators or [None]:
+        generators: list[Any] = [*self._generators] or [None]
+        for generator in generators:
             device = None if generator is None else generator.device
             seeds ^= torch.randint(SEEDS, (count,), generator=generator, device=device).cpu()
         return seeds.to(self._first.device)

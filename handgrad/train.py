@@ -181,7 +181,7 @@ class TrainStep:
         """Make the sum of the gradients of several minibatches a mean, where the loss is one, and limit the norm."""
         if self.accumulate > 1 and self._mean:
             for p in params:
-                p.grad /= self.accumulate  # type: ignore[operator]
+                p.grad.div_(self.accumulate)  # type: ignore[union-attr]
         if self.max_norm is not None:
             torch.nn.utils.clip_grad_norm_(params, self.max_norm)
 
@@ -397,7 +397,7 @@ def _length(xs: Any, targets: Any) -> int:
 
 
 def _joined(many: Any, levels: int) -> Any:
-    """Minibatches one after the other: of one (0), of a tensor or list of them (1), or of those of several steps (2)."""
+    """Minibatches one after the other: one (0), a tensor or list of them (1), or those of several steps (2)."""
     if isinstance(many, tuple):
         return tuple([_joined(part, levels) for part in many])
     if not isinstance(many, (Tensor, list)):
@@ -419,9 +419,8 @@ def _side_by_side(each: list[Any]) -> Any:
 
 def _ends_of_alike(xs: Any, targets: Any, steps: int) -> list[int]:
     """Where stretches of steps whose minibatches have the same shapes end."""
-    if not any(
-        isinstance(part, list) for many in (xs, targets) for part in (many if isinstance(many, tuple) else [many])
-    ):
+    both = (part for many in (xs, targets) for part in (many if isinstance(many, tuple) else [many]))
+    if not any(isinstance(part, list) for part in both):
         return [steps]
     kinds = [_kind(_minibatches(xs, k), _minibatches(targets, k)) for k in range(steps)]
     return [k + 1 for k in range(steps) if k + 1 == steps or kinds[k] != kinds[k + 1]]
@@ -429,10 +428,8 @@ def _ends_of_alike(xs: Any, targets: Any, steps: int) -> list[int]:
 
 def _kind(*values: Any) -> Any:
     """The shapes and dtypes of a minibatch."""
-    return [
-        (v.shape, v.dtype) if isinstance(v, Tensor) else _kind(*v) if isinstance(v, (tuple, list)) else v
-        for v in values
-    ]
+    inside = (tuple, list)
+    return [(v.shape, v.dtype) if isinstance(v, Tensor) else _kind(*v) if isinstance(v, inside) else v for v in values]
 
 
 def _require_compiler() -> None:

@@ -402,7 +402,7 @@ class TestCompiled:
     def test_many_equals_eager_with_a_remainder_and_an_lr_change(self, options):
         a, b = make_model(), make_model()
         xs, targets = make_data()
-        eager, compiled = make_step(a, **options), make_step(b, **options).compile(chunk=2)
+        eager, compiled = make_step(a, **options), make_step(b, **options).compile()
         for lr, part in ((0.1, slice(0, 5)), (0.01, slice(5, 7))):
             for step in (eager, compiled):
                 step.optimizer.param_groups[0]["lr"] = lr
@@ -414,7 +414,7 @@ class TestCompiled:
 
     def test_several_inputs_and_outputs(self):
         xs, targets = make_pairs()
-        eager, compiled = make_pair_step(), make_pair_step().compile(chunk=2)
+        eager, compiled = make_pair_step(), make_pair_step().compile()
         torch.testing.assert_close(compiled.many(xs, targets), eager.many(xs, targets))
         assert_same_state(compiled.model, eager.model)
 
@@ -430,7 +430,7 @@ class TestCompiled:
             return TrainStep(model, CrossEntropy(), SGD(groups, lr=0.1, **options))
 
         xs, targets = make_data()
-        eager, compiled = make(), make().compile(chunk=2)
+        eager, compiled = make(), make().compile()
         for k in range(STEPS):
             if k == 3:
                 eager.model[0].unfreeze(), compiled.model[0].unfreeze()
@@ -442,7 +442,7 @@ class TestCompiled:
     @pytest.mark.slow
     @pytest.mark.parametrize("make", [copy.deepcopy, lambda s: pickle.loads(pickle.dumps(s))], ids=["copy", "pickle"])
     def test_a_copy_trains_the_copy(self, make):
-        step, (xs, targets) = make_step(make_model(), momentum=0.9).compile(chunk=2), make_data()
+        step, (xs, targets) = make_step(make_model(), momentum=0.9).compile(), make_data()
         for k in range(2):
             step(xs[k], targets[k])
         twin = make(step)
@@ -461,7 +461,7 @@ class TestCompiled:
     def test_a_refused_input_changes_nothing(self):
         torch.manual_seed(0)
         model = Sequential(*make_model()[:-1], Linear(8, 8), BatchNorm1d(8), hg.ReLU(), Linear(8, VOCABULARY))
-        step = make_step(model.to(torch.float64), momentum=0.9).compile(chunk=3)
+        step = make_step(model.to(torch.float64), momentum=0.9).compile()
         xs, targets = make_data(3)
         step(xs[0], targets[0]), step(xs[0], targets[0]), step.many(xs, targets)
         bad = targets.clone()
@@ -569,7 +569,7 @@ class TestCompiled:
     @pytest.mark.parametrize(("where", "index"), [("x", -1), ("x", VOCABULARY), ("target", -1), ("target", VOCABULARY)])
     def test_an_index_out_of_range_is_an_error(self, where, index):
         model = make_model()
-        step, (xs, targets) = make_step(model).compile(chunk=2), make_data(2)
+        step, (xs, targets) = make_step(model).compile(), make_data(2)
         step.many(xs, targets)
         step(xs[0], targets[0])
         (xs if where == "x" else targets)[1].view(-1)[0] = index
@@ -652,4 +652,4 @@ class TestCompiled:
 
     def test_the_chunk_must_hold_a_step(self):
         with pytest.raises(ArgumentError, match="chunk must be at least 1, got 0"):
-            make_step(make_model()).compile(chunk=0)
+            make_step(make_model()).compile()
