@@ -214,17 +214,34 @@ def trace(stage: Stage, x: Any, target: Any) -> Traced:
 
     inputs = (state, [_number(0.5) for _ in wanted], sums, parts, seed)
     with _one_at_a_time, _quiet():
+        for p in stage.params:
+            p.grad = None  # or torch would take it for a part of the input
         exported = torch.export.export(_Step(stage, state, wanted, structure, found), inputs, strict=False)
         digest = _digest(exported, [*state, *parts], stage)
         exported = exported.run_decompositions()
-    names = [spec.arg.name for spec in exported.graph_signature.input_specs]
+    graph, specs = exported.graph_module, exported.graph_signature.input_specs
+    names = []
+    for spec in specs:
+        if spec.target is None:
+            names.append(spec.arg.name)
+        else:
+            _hold(graph, spec.arg.name, exported.constants[spec.target])
+    graph.recompile()
     outputs = [spec.target for spec in exported.graph_signature.output_specs]
     changed = [names.index(name) for name in outputs if name is not None]
     moved = {id(t) for t in (*optimized, *[stage.params[i] for i in graded])}
     updated = {i for i in changed if id(state[i]) in moved}
-    graph = exported.graph_module
     checked = check_indices(graph)
     return Traced(graph, state, wanted, parts, changed, updated, graded, checked, drawn > 0, digest)
+
+
+def _hold(module: fx.GraphModule, name: str, value: Any) -> None:
+    """Make an input of the graph a constant of it, such as torch.tensor(0.5) in a layer."""
+    (node,) = (node for node in module.graph.nodes if node.op == "placeholder" and node.name == name)
+    module.register_buffer(name, value)
+    node.op, node.target = "get_attr", name
+    first = next(n for n in module.graph.nodes if n.op != "placeholder" and n is not node)
+    first.prepend(node)
 
 
 def _digest(exported: torch.export.ExportedProgram, tensors: Tensors, stage: Stage) -> str:
@@ -242,13 +259,13 @@ class _Loop(torch.nn.Module):
 
     def __init__(self, traced: Traced, stage: Stage) -> None:
         super().__init__()
-        self.graph, self.traced, self.stage = traced.graph, traced, stage
+        from torch._higher_order_ops.while_loop import while_loop
+
+        self.graph, self.traced, self.stage, self.while_loop = traced.graph, traced, stage, while_loop
 
     def forward(
         self, state: Tensors, values: Tensors, parts: Tensors, seeds: Tensors, first: Tensor, last: Tensor
     ) -> Any:
-        from torch._higher_order_ops.while_loop import while_loop
-
         graph, traced, A = self.graph, self.traced, self.stage.accumulate
         changed, C, G = traced.changed, len(traced.changed), len(traced.graded)
 
@@ -280,7 +297,7 @@ class _Loop(torch.nn.Module):
         loss_node = next(reversed(graph.graph.nodes)).args[0][C]
         losses = torch.zeros(parts[0].shape[0] // A, dtype=loss_node.meta["val"].dtype, device=parts[0].device)
         begin = [state[i] for i in changed] + [torch.zeros_like(state[i]) for i in traced.graded]
-        k, wrong, losses, *carried = while_loop(goes_on, step, (first, first > last, losses, *begin))  # type: ignore[no-untyped-call]
+        k, wrong, losses, *carried = self.while_loop(goes_on, step, (first, first > last, losses, *begin))  # type: ignore[no-untyped-call]
         for i, t in zip(changed, carried):
             state[i].copy_(torch.where(wrong, state[i], t) if traced.checked else t)
         return losses, torch.where(wrong, k - 1, -1), carried[C:]
@@ -289,10 +306,9 @@ class _Loop(torch.nn.Module):
 class Program:
     """The compiled loop of a traced step."""
 
-    def __init__(self, traced: Traced, stage: Stage, path: Path) -> None:
-        """Load it from a file that `package` has written."""
-        self.traced, self.stage = traced, stage
-        self._run = _loaded(path).loader.run
+    def __init__(self, traced: Traced, stage: Stage, run: Callable[[Tensors], Tensors]) -> None:
+        """Take what runs the loop on a flat list of its inputs."""
+        self.traced, self.stage, self._run = traced, stage, run
         device = traced.parts[0].device
         self._first = torch.tensor(0, device=device)
         self._lasts: dict[int, Tensor] = {}
@@ -336,10 +352,10 @@ def compiled(traced: Traced, stage: Stage, tell: Callable[[str], None]) -> Progr
     path = Path(cache_dir()) / "handgrad" / f"{traced.digest}.pt2"
     if path.exists():
         with contextlib.suppress(RuntimeError, OSError):  # it is damaged: make it anew
-            return Program(traced, stage, path)
+            return Program(traced, stage, _loaded(path))
     tell("compiling")
     package(traced, stage, path)
-    return Program(traced, stage, path)
+    return Program(traced, stage, _loaded(path))
 
 
 def package(traced: Traced, stage: Stage, path: Path, metadata: dict[str, str] | None = None) -> None:
@@ -421,8 +437,9 @@ def _quiet() -> Iterator[None]:
         yield
 
 
-def _loaded(path: Path) -> Any:
+def _loaded(path: Path) -> Callable[[Tensors], Tensors]:
     import torch._inductor
 
     with _quiet():
-        return torch._inductor.aoti_load_package(str(path))
+        package = torch._inductor.aoti_load_package(str(path))
+    return package.loader.run  # type: ignore[no-any-return, attr-defined]

@@ -37,6 +37,7 @@ from handgrad import (
     Tanh,
     TrainStep,
 )
+from handgrad.program import Program, Stage, Traced, _Loop
 from tests.versions import COMPILES
 
 STEPS, BATCH, VOCABULARY = 7, 6, 5
@@ -390,9 +391,35 @@ def test_an_older_torch_does_not_compile(monkeypatch):
         make_step(make_model()).compile()
 
 
+def interpreted(traced: Traced, stage: Stage, tell: Callable[[str], None]) -> Program:
+    """The program of a traced step, run by Python instead of compiled: the same graph, in no time."""
+    def while_loop(goes_on: Any, body: Any, carried: Any) -> Any:
+        while goes_on(*carried):
+            carried = body(*carried)
+        return carried
+
+    def run(inputs: list[Tensor]) -> list[Tensor]:
+        loop = _Loop(traced, stage)
+        loop.while_loop = while_loop
+        counts = [len(traced.state), len(traced.numbers), len(traced.parts), int(traced.seeded)]
+        rest = iter(inputs)
+        losses, wrong, grads = loop(*[[next(rest) for _ in range(n)] for n in counts], *rest)
+        return [losses, wrong, *grads]
+
+    return Program(traced, stage, run)
+
+
+@pytest.fixture(params=["interpreted", pytest.param("compiled", marks=pytest.mark.slow)])
+def programs(request, monkeypatch):
+    """Both ways to run a program: traced graphs alone, fast, and compiled ones, which take seconds each."""
+    if request.param == "interpreted":
+        monkeypatch.setattr("handgrad.train.compiled", interpreted)
+
+
 @COMPILES
+@pytest.mark.usefixtures("programs")
 class TestCompiled:
-    """The graphs of `compile()`; each shape and option compiles anew, so the cases are few."""
+    """The programs of `compile()`."""
 
     @pytest.mark.parametrize(
         "options",
@@ -435,7 +462,6 @@ class TestCompiled:
             if k == 3:
                 eager.model[0].unfreeze(), compiled.model[0].unfreeze()
             torch.testing.assert_close(compiled(xs[k], targets[k]), eager(xs[k], targets[k]))
-            assert compiled._groups()  # the next step will be in the graph
         torch.testing.assert_close(full_state(compiled), full_state(eager))
         assert len(compiled.optimizer.state) == (7 if options else 0)  # all but the layer that nobody calls
 
@@ -650,6 +676,3 @@ class TestCompiled:
         with pytest.raises(CompileError, match=r"C\+\+ compiler must be installed.*or use the step without compile"):
             make_step(make_model()).compile()
 
-    def test_the_chunk_must_hold_a_step(self):
-        with pytest.raises(ArgumentError, match="chunk must be at least 1, got 0"):
-            make_step(make_model()).compile()
