@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import hashlib
+import itertools
 import os
 import sys
 import tempfile
@@ -24,6 +25,7 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor, fx
 
+from handgrad.errors import CompileError
 from handgrad.indices import check_indices
 from handgrad.layer import Layer, is_frozen
 from handgrad.randomness import SEEDS, seeded
@@ -202,6 +204,7 @@ def trace(stage: Stage, x: Any, target: Any) -> Traced:
     optimized = [t for p in stage.params if p in own for t in tensors_in(own[p])]
     held = [*stage.params, *tensors_in([owner[name] for owner, name in places(stage.layers)]), *optimized]
     state = list({id(t): t for t in held}.values())
+    _refuse_overlap(state)
     parts, structure = taken_apart((x, target))
     sums = [torch.zeros_like(p) for p in stage.params] if stage.accumulate > 1 else []
     seed = torch.tensor(0, device=parts[0].device)
@@ -233,6 +236,22 @@ def trace(stage: Stage, x: Any, target: Any) -> Traced:
     updated = {i for i in changed if id(state[i]) in moved}
     checked = check_indices(graph)
     return Traced(graph, state, wanted, parts, changed, updated, graded, checked, drawn > 0, digest)
+
+
+def _refuse_overlap(state: Tensors) -> None:
+    """Raise CompileError where two tensors share memory, for a graph would see no change of one in the other."""
+    spans = sorted((t.data_ptr(), t.data_ptr() + _extent(t), tuple(t.shape)) for t in state if t.numel() > 0)
+    for (_, end, shape), (begin, _, other) in itertools.pairwise(spans):
+        if begin < end:
+            problem = (
+                f"two tensors of the model or the optimizer, of shapes {shape} and {other}, share memory; give each "
+            )
+            raise CompileError(f"TrainStep.compile: {problem}its own, or let the layers hold the very same tensor")
+
+
+def _extent(t: Tensor) -> int:
+    """The bytes from a tensor's first number to its last."""
+    return t.element_size() * (1 + sum((n - 1) * stride for n, stride in zip(t.shape, t.stride())))
 
 
 def _hold(module: fx.GraphModule, name: str, value: Any) -> None:

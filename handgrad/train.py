@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Iterable
+from os import PathLike
+from pathlib import Path
 from typing import Any, TypeGuard
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from handgrad.arguments import integer, number
 from handgrad.errors import ArgumentError, CompileError, HandgradError, IndexRangeError, ShapeError, StateError
+from handgrad.export import write
 from handgrad.fingerprint import Fingerprint
 from handgrad.layer import ONE_THREAD, Layer, is_any_autocast_enabled, is_frozen
 from handgrad.losses.loss import Loss
@@ -150,6 +152,51 @@ class TrainStep:
         """
         return CompiledTrainStep(self, progress)
 
+    def export(self, path: str | PathLike[str], x: Any, target: Any, *, progress: bool | None = None) -> None:
+        """Write the step for a minibatch like (x, target) as a program that needs neither handgrad nor Python.
+
+        Three files: ``step.pt2``, a package of AOTInductor, which torch loads in Python and in C++; beside it
+        ``step.safetensors``, the model's `state_dict()`, and ``step.training.safetensors``, the other tensors that the
+        program starts with: the optimizer's (and loss's) state under ``optimizer.`` and the parameter's name, and the
+        rates, such as ``lr``. (For x and target only shapes and dtypes count; with `accumulate`, give one minibatch.)
+
+        The package's metadata hold JSON: under "inputs" the names of its inputs in order, which are those tensors and
+
+        - ``x`` and ``target`` (or ``x.0``, ``x.1``, ... of a tuple): K minibatches, any K, the size of each fixed;
+        - ``seeds``, where random numbers are drawn: (K,) int64, one for each minibatch, from 0 up to 2^31;
+        - ``first`` and ``last``, () int64: it does the steps of the minibatches first to last - 1;
+
+        under "outputs" ``losses`` (K,), ``wrong`` and the gradients of the last step; and under "same" which names of
+        the state_dict are further names of the same tensor. The program changes its inputs in place. Where ``wrong`` is
+        not -1 but the number of a minibatch, that one has an index out of range, and nothing has changed. Set the
+        variable AOTI_RUNTIME_CHECK_INPUTS=1 in the environment, and a wrong shape or dtype is an error before anything
+        changes; without, they are not looked at.
+
+        The optimizer must be handgrad's SGD, or torch.optim's Adam or AdamW. Raises ArgumentError; what `compile` and
+        its first call raise. It needs safetensors.
+        """
+        if torch.__version__ < COMPILING:
+            _refuse_old("export")
+        if not _in_program(self.optimizer):
+            problem = "handgrad's SGD, torch.optim.Adam or AdamW, without step hooks, for the program does the update"
+            raise ArgumentError(
+                f"TrainStep.export: the optimizer must be {problem}; got {type(self.optimizer).__name__}"
+            )
+        if _must_begin_outside(self.optimizer):
+            problem = "the first step with dampening is unlike the others; take it before the export"
+            raise StateError(f"TrainStep.export: {problem}")
+        self._begin()
+        try:
+            with Progress(sys.stderr.isatty() if progress is None else progress) as shown:
+                traced, stage, new = self._traced(x, target, shown)
+                try:
+                    write(Path(path), traced, stage, self.model, self.loss, (x, target), shown)
+                finally:
+                    for p in new:
+                        del self.optimizer.state[p]
+        finally:
+            del _at_work[id(self.model)]
+
     def _gradients(self, x: Any, target: Any) -> Tensor:
         """Forward, loss and backward of all minibatches of a step; the gradients as the update takes them."""
         if self.accumulate == 1:
@@ -194,6 +241,45 @@ class TrainStep:
             problem = f"a step takes {self.accumulate} minibatches, got {_length(x, target)}"
             raise ShapeError(f"TrainStep(accumulate={self.accumulate}): {problem}")
 
+    def _traced(self, x: Any, target: Any, progress: Progress) -> tuple[Traced, Stage, list[Tensor]]:
+        """The step as a graph; also the parameters that were given a new optimizer state for that."""
+        layers = list({id(la): la for part in (self.model, self.loss) for _, la in part.named_layers()}.values())
+        if any(layer._watchers for layer in layers):
+            problem = "a compiled step cannot be watched, for its program has no place to look at; "
+            raise StateError(f"TrainStep.compile: {problem}look inside the step as it was before compile()")
+        optimizer = self.optimizer if _in_program(self.optimizer) else None
+        stage = Stage(layers, self.params, optimizer, self.accumulate, self._mean, self._forward_backward, self._finish)
+        new = [] if optimizer is None else begin(optimizer, self.params)
+        progress.tell("tracing the step")
+        try:
+            traced = trace(stage, x, target)
+            if not traced.graded:
+                _refuse_no_gradient(self.params)
+        except BaseException as error:
+            for p in new:
+                del self.optimizer.state[p]
+            if isinstance(error, HandgradError) or not isinstance(error, Exception):
+                raise
+            self._explain(x, target)
+            problem = "the step is not one graph of tensors (a layer may read a value, by .item() or if): "
+            raise CompileError(f"TrainStep.compile: {problem}{error}") from error
+        return traced, stage, new
+
+    def _explain(self, x: Any, target: Any) -> None:
+        """Raise what the layers say of a minibatch when no program hides it, if they say anything; on a copy."""
+        try:
+            model, loss = copy.deepcopy((self.model, self.loss))
+        except Exception:  # it holds what cannot be copied
+            return
+        try:
+            loss(model.forward_at(None, x), target)
+            model.zero_grad()
+            loss.zero_grad()
+            model.backward_at(None, loss.backward())
+            _refuse_no_gradient([*model.parameters(), *loss.parameters()])
+        except Exception as plain:
+            raise plain from None
+
     def _begin(self) -> None:
         """Claim the model for this step until `del _at_work[id(self.model)]`."""
         call, model = object(), self.model
@@ -215,9 +301,7 @@ class CompiledTrainStep(TrainStep):
 
     def __init__(self, step: TrainStep, progress: bool | None) -> None:
         if torch.__version__ < COMPILING:
-            problem = f"torch must be {COMPILING} or newer, for graphs of an older one take an index of -1, or crash; "
-            problem += f"upgrade it, or use the step without compile(); got {torch.__version__}"
-            raise CompileError(f"TrainStep.compile: {problem}")
+            _refuse_old("compile")
         if any(p.device.type == "cpu" for p in step.params):
             _require_compiler()
         super().__init__(step.model, step.loss, step.optimizer, max_norm=step.max_norm, accumulate=step.accumulate)
@@ -268,10 +352,11 @@ class CompiledTrainStep(TrainStep):
             try:
                 losses, wrong, grads = program([*numbers(program.stage.optimizer).values()], parts)
             except RuntimeError as error:
-                self._explain(xs, targets, range(len(parts[0])))
+                for k in range(len(parts[0])):
+                    self._explain(_minibatches(xs, k), _minibatches(targets, k))
                 raise CompileError(f"TrainStep.compile: the program failed; nothing has changed; {error}") from error
             if wrong >= 0:
-                self._explain(xs, targets, [wrong])
+                self._explain(_minibatches(xs, wrong), _minibatches(targets, wrong))
                 raise IndexRangeError(f"TrainStep.compile: an index in minibatch {wrong} is out of range")
             for p in self.params:
                 p.grad = None
@@ -287,18 +372,8 @@ class CompiledTrainStep(TrainStep):
         return losses
 
     def _outside(self) -> bool:
-        """Whether the next step is none for a program: one that layers refuse, or the first of buffers with dampening.
-
-        (In its first step a momentum buffer is the gradient, which is what zeros become only without dampening.)
-        """
-        if not torch.is_grad_enabled() or is_any_autocast_enabled():
-            return True
-        state = self.optimizer.state
-        groups = self.optimizer.param_groups if type(self.optimizer) is SGD else ()
-        return any(
-            g["momentum"] != 0 and g["dampening"] != 0 and any(p.grad is None and p not in state for p in g["params"])
-            for g in groups
-        )
+        """Whether the next step is none for a program: one that layers refuse, or a first one with dampening."""
+        return not torch.is_grad_enabled() or is_any_autocast_enabled() or _must_begin_outside(self.optimizer)
 
     def _program(self, xs: Any, targets: Any, parts: list[Tensor], structure: Any) -> Program:
         """The program for such minibatches and for the model as it is now."""
@@ -316,48 +391,20 @@ class CompiledTrainStep(TrainStep):
         return program
 
     def _make(self, xs: Any, targets: Any) -> tuple[Fingerprint, Program]:
-        layers = list({id(la): la for part in (self.model, self.loss) for _, la in part.named_layers()}.values())
-        if any(layer._watchers for layer in layers):
-            problem = "a compiled step cannot be watched, for its program has no place to look at; "
-            raise StateError(f"TrainStep.compile: {problem}look inside the step as it was before compile()")
-        optimizer = self.optimizer if _in_program(self.optimizer) else None
-        limits = self.accumulate, self._mean
-        stage = Stage(layers, self.params, optimizer, *limits, self._forward_backward, self._finish)
-        new = [] if optimizer is None else begin(optimizer, self.params)
-        graded: set[int] = set()
         with Progress(self._progress) as progress:
-            try:
-                progress.tell("tracing the step")
-                traced = trace(stage, _minibatches(xs, 0), _minibatches(targets, 0))
-                graded = {id(self.params[i]) for i in traced.graded}
-            except HandgradError:
-                raise
-            except Exception as error:
-                self._explain(xs, targets, [0])
-                problem = "the step is not one graph of tensors (a layer may read a value, by .item() or if): "
-                raise CompileError(f"TrainStep.compile: {problem}{error}") from error
-            finally:
-                for p in new:  # as without a program: no gradient, no state
-                    if id(p) not in graded:
-                        del self.optimizer.state[p]
-            fingerprint = Fingerprint(layers, self.params, traced.state, self.optimizer, SCHEDULED)
+            traced, stage, new = self._traced(_minibatches(xs, 0), _minibatches(targets, 0), progress)
+            graded = {id(self.params[i]) for i in traced.graded}
+            for p in new:
+                if id(p) not in graded:
+                    del self.optimizer.state[p]  # as without a program: no gradient, no state
+            fingerprint = Fingerprint(stage.layers, self.params, traced.state, self.optimizer, SCHEDULED)
             return fingerprint, compiled(traced, stage, progress.tell)
 
-    def _explain(self, xs: Any, targets: Any, which: Iterable[int]) -> None:
-        """Raise what the layers say of these minibatches when no program hides it, if they say anything; on a copy."""
-        try:
-            model, loss = copy.deepcopy((self.model, self.loss))
-        except Exception:  # it holds what cannot be copied
-            return
-        for k in which:
-            try:
-                loss(model.forward_at(None, _minibatches(xs, k)), _minibatches(targets, k))
-                model.zero_grad()
-                loss.zero_grad()
-                model.backward_at(None, loss.backward())
-                _refuse_no_gradient([*model.parameters(), *loss.parameters()])
-            except Exception as plain:
-                raise plain from None
+
+def _refuse_old(what: str) -> None:
+    problem = f"torch must be {COMPILING} or newer, for graphs of an older one take an index of -1, or crash; "
+    problem += f"upgrade it, or use the step as it is; got {torch.__version__}"
+    raise CompileError(f"TrainStep.{what}: {problem}")
 
 
 def _refuse_no_gradient(params: list[Tensor]) -> None:
@@ -374,6 +421,16 @@ def _bare(optimizer: torch.optim.Optimizer) -> TypeGuard[SGD]:
 def _in_program(optimizer: torch.optim.Optimizer) -> bool:
     """Whether a program does the optimizer's update: where it can be traced, and nobody is to be called beside it."""
     return type(optimizer) in (SGD, torch.optim.Adam, torch.optim.AdamW) and not hooked(optimizer)
+
+
+def _must_begin_outside(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether a momentum buffer is to be made with dampening: of the gradient, which zeros become only without."""
+    return type(optimizer) is SGD and any(
+        group["momentum"] != 0
+        and group["dampening"] != 0
+        and any(p not in optimizer.state and not is_frozen(p) for p in group["params"])
+        for group in optimizer.param_groups
+    )
 
 
 def _say_done(error: Exception, done: int, steps: int) -> None:
