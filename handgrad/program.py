@@ -461,4 +461,4 @@ def _loaded(path: Path) -> Callable[[Tensors], Tensors]:
 
     with _quiet():
         package = torch._inductor.aoti_load_package(str(path))
-    return package.loader.run  # type: ignore[no-any-return, attr-defined]
+    return package.loader.run

@@ -19,7 +19,7 @@ from handgrad.layer import ONE_THREAD, Layer, is_any_autocast_enabled, is_frozen
 from handgrad.losses.loss import Loss
 from handgrad.memory import Snapshot
 from handgrad.optim import SGD, hooked
-from handgrad.program import SCHEDULED, Program, Progress, Stage, begin, compiled, numbers, taken_apart, trace
+from handgrad.program import SCHEDULED, Program, Progress, Stage, Traced, begin, compiled, numbers, taken_apart, trace
 
 COMPILING = "2.13"  # the least torch for compile(): the graphs of all from 2.6 to 2.12 take an index of -1
 KEPT = 64  # of how many states of the model (modes, options, ...) a compiled step remembers the programs
