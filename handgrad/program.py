@@ -278,9 +278,9 @@ class _Loop(torch.nn.Module):
 
     def __init__(self, traced: Traced, stage: Stage) -> None:
         super().__init__()
-        from torch._higher_order_ops.while_loop import while_loop
+        from torch._higher_order_ops.while_loop import while_loop_op
 
-        self.graph, self.traced, self.stage, self.while_loop = traced.graph, traced, stage, while_loop
+        self.graph, self.traced, self.stage, self.repeat = traced.graph, traced, stage, while_loop_op
 
     def forward(
         self, state: Tensors, values: Tensors, parts: Tensors, seeds: Tensors, first: Tensor, last: Tensor
@@ -288,18 +288,25 @@ class _Loop(torch.nn.Module):
         graph, traced, A = self.graph, self.traced, self.stage.accumulate
         changed, C, G = traced.changed, len(traced.changed), len(traced.graded)
 
-        def goes_on(k: Tensor, wrong: Tensor, losses: Tensor, *_: Tensor) -> Tensor:
-            return (k < last) & ~wrong
+        # what the two functions below read comes as arguments, each tensor once: they are traced as graphs themselves
+        kept = [i for i in range(len(state)) if i not in set(changed)]
+        given = (*[state[i] for i in kept], *values, *parts, *seeds, last)
 
-        def step(k: Tensor, wrong: Tensor, losses: Tensor, *carried: Tensor) -> Any:
-            now, at = list(state), k.view(1)
-            for i, t in zip(changed, carried):
+        def goes_on(k: Tensor, wrong: Tensor, *rest: Tensor) -> Tensor:
+            return (k < rest[-1]) & ~wrong
+
+        def step(k: Tensor, wrong: Tensor, losses: Tensor, *rest: Tensor) -> Any:
+            carried, constants, rest = rest[: C + G], rest[C + G :][: len(kept)], rest[C + G + len(kept) :]
+            numbers, many = rest[: len(values)], rest[len(values) : -1]
+            now: Any = [*state]
+            for i, t in (*zip(changed, carried), *zip(kept, constants)):
                 now[i] = t
-            minibatch = [part.index_select(0, at).squeeze(0) for part in (*parts, *seeds)]
+            at = k.view(1)
+            minibatch = [part.index_select(0, at).squeeze(0) for part in many]
             sums = [torch.zeros_like(t) for t in now[: len(self.stage.params)]] if A > 1 else []
             for i, grad in zip(traced.graded, carried[C:] if A > 1 else ()):
                 sums[i] = torch.where(k % A == 0, sums[i], grad)
-            results = graph(*now, *values, *sums, *minibatch, *([] if seeds else [k]))
+            results = graph(*now, *numbers, *sums, *minibatch, *([] if seeds else [k]))
             if traced.checked:
                 *results, outside = results
                 wrong = wrong | outside
@@ -315,8 +322,9 @@ class _Loop(torch.nn.Module):
 
         loss_node = next(reversed(graph.graph.nodes)).args[0][C]
         losses = torch.zeros(parts[0].shape[0] // A, dtype=loss_node.meta["val"].dtype, device=parts[0].device)
-        begin = [state[i] for i in changed] + [torch.zeros_like(state[i]) for i in traced.graded]
-        k, wrong, losses, *carried = self.while_loop(goes_on, step, (first, first > last, losses, *begin))  # type: ignore[no-untyped-call]
+        carried = [*[state[i] for i in changed], *[torch.zeros_like(state[i]) for i in traced.graded]]
+        begin: Any = (first, first > last, losses, *carried)
+        k, wrong, losses, *carried = self.repeat(goes_on, step, begin, given)
         for i, t in zip(changed, carried):
             state[i].copy_(torch.where(wrong, state[i], t) if traced.checked else t)
         return losses, torch.where(wrong, k - 1, -1), carried[C:]

@@ -451,14 +451,14 @@ CHANGES: dict[str, Callable[[TrainStep], Any]] = {
 def interpreted(traced: Traced, stage: Stage, tell: Callable[[str], None]) -> Program:
     """The program of a traced step, run by Python instead of compiled: the same graph, in no time."""
 
-    def while_loop(goes_on: Any, body: Any, carried: Any) -> Any:
-        while goes_on(*carried):
-            carried = body(*carried)
+    def repeat(goes_on: Any, body: Any, carried: Any, given: Any) -> Any:
+        while goes_on(*carried, *given):
+            carried = body(*carried, *given)
         return carried
 
     def run(inputs: list[Tensor]) -> list[Tensor]:
         loop = _Loop(traced, stage)
-        loop.while_loop = while_loop
+        loop.repeat = repeat
         counts = [len(traced.state), len(traced.numbers), len(traced.parts), int(traced.seeded)]
         rest = iter(inputs)
         losses, wrong, grads = loop(*[[next(rest) for _ in range(n)] for n in counts], *rest)
