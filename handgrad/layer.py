@@ -31,7 +31,7 @@ from handgrad.tracked import refuse_tracked
 
 L = TypeVar("L", bound="Layer")
 T = TypeVar("T")
-_is_any_autocast_enabled = torch._C._is_any_autocast_enabled  # of any device; the public one is asked per device
+is_any_autocast_enabled = torch._C._is_any_autocast_enabled  # of any device; the public one is asked per device
 MANY = float("inf")  # inputs: as many as a forward of *inputs is given
 PILE = 256  # forwards of one layer that wait for their backward: so many calls from outside are warned of
 ONE_THREAD = (
@@ -268,7 +268,7 @@ class Layer:
 
         `name` is that of the input, where it is not x. Under torch.autocast any x is refused.
         """
-        if _is_any_autocast_enabled():
+        if is_any_autocast_enabled():
             self._refuse_autocast("forward")
         if not isinstance(x, Tensor):
             raise self.error(DtypeError, "forward", f"{name} must be a torch.Tensor, got {type(x).__name__}")
@@ -378,7 +378,7 @@ class Layer:
         `check_input` asks in every forward; a backward is refused where the dtypes show it, at a loss, and where a
         parameter is frozen, whose gradient would show it.
         """
-        if _is_any_autocast_enabled():
+        if is_any_autocast_enabled():
             problem = "torch.autocast must be off, for a layer computes in the dtype of its parameters; leave it, and "
             raise self.error(DtypeError, where, problem + "convert model and inputs by .to(torch.bfloat16)")
 

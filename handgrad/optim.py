@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim import optimizer as torch_optimizer
 
 from handgrad.errors import ArgumentError
 
@@ -100,13 +101,23 @@ class SGD(torch.optim.Optimizer):
         self._opt_called = True  # what an LR scheduler looks at to warn of a scheduler step before the first update
 
     def _update(self, params: list[Tensor], grads: list[Tensor], group: dict[str, Any]) -> None:
-        if group["momentum"] == 0:
+        if not isinstance(group["momentum"], Tensor) and group["momentum"] == 0:
             descend(params, grads, [], group)
             return
         states = [self.state[p] for p in params]
         buffers = descend(params, grads, [s.get("momentum_buffer") for s in states], group)
         for state, buffer in zip(states, buffers):
             state["momentum_buffer"] = buffer
+
+
+def hooked(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether somebody is to be called before or after each step of the optimizer."""
+    return bool(
+        optimizer._optimizer_step_pre_hooks
+        or optimizer._optimizer_step_post_hooks
+        or torch_optimizer._global_optimizer_pre_hooks
+        or torch_optimizer._global_optimizer_post_hooks
+    )
 
 
 def descend(

@@ -3,26 +3,26 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+import sys
+from os import PathLike
+from pathlib import Path
 from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
-from torch.optim import optimizer as torch_optimizer
 
-from handgrad.errors import ArgumentError, CompileError, ShapeError, StateError
-from handgrad.layer import ONE_THREAD, Layer, is_frozen
+from handgrad.arguments import integer, number
+from handgrad.errors import ArgumentError, CompileError, HandgradError, IndexRangeError, ShapeError, StateError
+from handgrad.export import write
+from handgrad.fingerprint import Fingerprint
+from handgrad.layer import ONE_THREAD, Layer, is_any_autocast_enabled, is_frozen
 from handgrad.losses.loss import Loss
 from handgrad.memory import Snapshot
-from handgrad.optim import SGD, descend
+from handgrad.optim import SGD, hooked
+from handgrad.program import SCHEDULED, Program, Progress, Stage, Traced, begin, compiled, numbers, taken_apart, trace
 
-Group = tuple[list[Tensor], list["Tensor | None"], dict[str, Any]]
-"""What one parameter group's update reads in a compiled graph: parameters, momentum buffers, and the options. A buffer
-is None for a parameter that has had no gradient; the graph puts those there that it makes."""
-
-SCHEDULED = ("lr", "momentum")  # what schedulers change: tensors in a graph, or each value would be compiled anew
 COMPILING = "2.13"  # the least torch for compile(): the graphs of all from 2.6 to 2.12 take an index of -1
-GRAPHS = 256  # that one compiled step may hold: one for each shape of a minibatch; torch's own limit is 8
+KEPT = 64  # of how many states of the model (modes, options, ...) a compiled step remembers the programs
 _at_work: dict[int, object] = {}  # by the id of a model: the call of a step that is under way
 
 
@@ -36,8 +36,13 @@ class TrainStep:
     refused, are as they were. For that each step notes the buffers, which costs a small model 1 to 2 % of the step.
     (Gradients may be cleared or in parts then, which the next step clears anyway; random generators have moved on.)
 
-    ``step.many(xs, targets)`` does the steps of several minibatches, ``step.compile()`` gives the same two calls with
-    the whole step in one compiled graph. Any optimizer of torch.optim can be used whose `step()` needs no closure; the
+    With `max_norm` the gradients are scaled down to that norm where that of all together is larger
+    (torch.nn.utils.clip_grad_norm_). With `accumulate` above 1 a step takes so many minibatches, ``x[a]`` and
+    ``target[a]``, one after the other, and updates once: for a mean, by the mean of their losses, so that equally large
+    ones give the gradient of all joined; for a sum, by their sum.
+
+    ``step.many(xs, targets)`` does the steps of several minibatches, ``step.compile()`` gives the same two calls as one
+    compiled program. Any optimizer of torch.optim can be used whose `step()` needs no closure; the
     SGD of handgrad costs least. A model of large tensors is faster after one call of `handgrad.keep_freed_memory()`.
 
     Copies and pickles of a step, compiled or not, train the copy of the model.
@@ -57,7 +62,15 @@ class TrainStep:
     torch.Size([2])
     """
 
-    def __init__(self, model: Layer, loss: Loss, optimizer: torch.optim.Optimizer) -> None:
+    def __init__(
+        self,
+        model: Layer,
+        loss: Loss,
+        optimizer: torch.optim.Optimizer,
+        *,
+        max_norm: float | None = None,
+        accumulate: int = 1,
+    ) -> None:
         if not isinstance(loss, Loss):
             problem = f"a loss of handgrad, such as CrossEntropy(), got {type(loss).__name__}"
             raise ArgumentError(f"TrainStep: the loss must be {problem}")
@@ -66,6 +79,8 @@ class TrainStep:
         if isinstance(optimizer, torch.optim.LBFGS):
             raise ArgumentError("TrainStep: LBFGS takes several steps of its own through a closure; write the loop out")
         self.model, self.loss, self.optimizer = model, loss, optimizer
+        self.max_norm = None if max_norm is None else float(number(self, "max_norm", max_norm, 0))
+        self.accumulate = integer(self, "accumulate", accumulate)
         both = (*model.parameters(), *loss.parameters())  # a loss may have some, or share the model's
         self.params = list({id(p): p for p in both}.values())
         updated = {id(p) for group in optimizer.param_groups for p in group["params"]}
@@ -79,8 +94,9 @@ class TrainStep:
         """Do one step; returns the loss, as it was before the update."""
         self._begin()
         try:
+            self.buffers.take()
             try:
-                out = self._forward_backward(x, target)
+                out = self._gradients(x, target)
             except BaseException:
                 self.model.drop_records()
                 self.loss.drop_records()
@@ -98,51 +114,180 @@ class TrainStep:
         """Do a step for each pair of the K minibatches xs[k], targets[k], in order; returns the K losses.
 
         Each of the two is a tensor with a leading dimension K, or a list of K minibatches. A tuple stands for several
-        inputs, or several targets, each of them one of these.
+        inputs, or several targets, each of them one of these. An error says how many of the steps are done.
         """
-        steps = _length(xs, targets)
-        return torch.stack([self(_minibatches(xs, k), _minibatches(targets, k)) for k in range(steps)])
+        steps, losses = _length(xs, targets), []
+        for k in range(steps):
+            try:
+                losses.append(self(_minibatches(xs, k), _minibatches(targets, k)))
+            except Exception as error:
+                _say_done(error, k, steps)
+                raise
+        return torch.stack(losses)
 
-    def compile(self, chunk: int = 8) -> TrainStep:
-        """Return the same step, on the same model and optimizer, as one compiled graph without breaks.
+    def compile(self, *, progress: bool | None = None) -> TrainStep:
+        """Return the same step, on the same model and optimizer, as one compiled program.
 
-        Compiling happens in the first call of each kind and takes its time: on a small model some 20 seconds for a
-        step, and about as long again for the graph of `chunk` steps that `many` runs. A graph of more steps is faster,
-        but takes longer to compile; what `many` has left over it does step by step.
+        The program is made in the first call: the step is traced as one graph of tensors, put in a loop over
+        minibatches, and compiled to C++ (some ten seconds for a small model). It serves a single step and `many` of any
+        K. Its file stays in the cache of torch's compiler, so that another process has it in a second or two. With
+        `progress`, by default where stderr is a terminal, a line there says what is under way.
 
-        - Results equal the eager ones up to the rounding of floats; two chunks of 4 round as one of 8 does not.
-        - A minibatch of another shape is compiled anew (256 shapes at the most), and so is another dampening or
-          weight_decay; a changed lr or momentum, or evaluation in between, is not.
-        - With handgrad's SGD the update is in the graph, but the momentum buffers are made by a first step outside. Any
-          other optimizer, or one with step hooks, runs as it is, after the graph of forward, loss and backward.
-        - A layer must be what a graph can hold: a print in it, or an `.item()`, is torch's error when compiling. What
-          it does to Python objects (a counter of its own) happens when compiling, or after the graph, as torch decides.
-        - An error is the one that the step gives without compile(): after a failure, the layers run once more on a copy
-          of the model, to say what was wrong. In `many`, steps before it may or may not be done already.
+        - Results equal the eager ones up to the rounding of floats.
+        - A step is traced anew, and compiled where it is a new one, for minibatches of another shape or dtype, and
+          after a change of whatever else decides what it computes: a layer's mode and attributes, freezing, which
+          tensors are held, an option of the optimizer. But lr, momentum and betas are inputs of the program, as all
+          tensors are: what changes in each step should be a tensor that the layer holds, changed in place.
+        - With handgrad's SGD, and torch.optim's Adam and AdamW, the update is in the program. Any other optimizer, or
+          one with step hooks, runs as it is after each step.
+        - A call that fails changes nothing, `many` included. Its error is the one that the step gives without
+          compile(), for the failed minibatch is then looked at on a copy of the model.
+        - Random numbers of Dropout and the attentions are repeatable by the same generators, but are others than
+          without compile(). What a layer draws by torch.rand itself comes from torch's global generator.
+        - A layer must be a graph of tensors: an `.item()`, or an `if` on a value, is a CompileError. What it does to
+          Python objects (a print, a counter of its own) happens when it is traced, and then no more.
+        - A change that no attribute shows is not seen: of a global variable, or of what a closure holds.
 
         Raises CompileError with a torch older than 2.13; on a CPU, without a C++ compiler.
         """
-        return CompiledTrainStep(self, chunk)
+        return CompiledTrainStep(self, progress)
 
-    def _forward_backward(self, x: Any, target: Any) -> Tensor:
-        out: Tensor = self.loss.forward(self.model.forward_at(None, x), target)
+    def export(self, path: str | PathLike[str], x: Any, target: Any, *, progress: bool | None = None) -> None:
+        """Write the step for a minibatch like (x, target) as a program that needs neither handgrad nor Python.
+
+        Three files: ``step.pt2``, a package of AOTInductor, which torch loads in Python and in C++; beside it
+        ``step.safetensors``, the model's `state_dict()`, and ``step.training.safetensors``, the other tensors that the
+        program starts with: the optimizer's (and loss's) state under ``optimizer.`` and the parameter's name, and the
+        rates, such as ``lr``. (For x and target only shapes and dtypes count; with `accumulate`, give one minibatch.)
+
+        The package's metadata hold JSON: under "inputs" the names of its inputs in order, which are those tensors and
+
+        - ``x`` and ``target`` (or ``x.0``, ``x.1``, ... of a tuple): K minibatches, any K, the size of each fixed;
+        - ``seeds``, where random numbers are drawn: (K,) int64, one for each minibatch, from 0 up to 2^31;
+        - ``first`` and ``last``, () int64: it does the steps of the minibatches first to last - 1;
+
+        under "outputs" ``losses`` (K,), ``wrong`` and the gradients of the last step; and under "same" which names of
+        the state_dict are further names of the same tensor. The program changes its inputs in place. Where ``wrong`` is
+        not -1 but the number of a minibatch, that one has an index out of range, and nothing has changed. Set the
+        variable AOTI_RUNTIME_CHECK_INPUTS=1 in the environment, and a wrong shape or dtype is an error before anything
+        changes; without, they are not looked at.
+
+        The optimizer must be handgrad's SGD, or torch.optim's Adam or AdamW. Raises ArgumentError; what `compile` and
+        its first call raise. It needs safetensors.
+        """
+        if torch.__version__ < COMPILING:
+            _refuse_old("export")
+        if not _in_program(self.optimizer):
+            problem = "handgrad's SGD, torch.optim.Adam or AdamW, without step hooks, for the program does the update"
+            raise ArgumentError(
+                f"TrainStep.export: the optimizer must be {problem}; got {type(self.optimizer).__name__}"
+            )
+        if _must_begin_outside(self.optimizer):
+            problem = "the first step with dampening is unlike the others; take it before the export"
+            raise StateError(f"TrainStep.export: {problem}")
+        self._begin()
+        try:
+            with Progress(sys.stderr.isatty() if progress is None else progress) as shown:
+                traced, stage, new = self._traced(x, target, shown)
+                try:
+                    write(Path(path), traced, stage, self.model, self.loss, (x, target), shown)
+                finally:
+                    for p in new:
+                        del self.optimizer.state[p]
+        finally:
+            del _at_work[id(self.model)]
+
+    def _gradients(self, x: Any, target: Any) -> Tensor:
+        """Forward, loss and backward of all minibatches of a step; the gradients as the update takes them."""
+        if self.accumulate == 1:
+            out = self._forward_backward(x, target)
+        else:
+            self._check_accumulated(x, target)
+            count = range(self.accumulate)
+            losses = torch.stack(
+                [self._forward_backward(_minibatches(x, a), _minibatches(target, a), first=a == 0) for a in count]
+            )
+            out = losses.mean() if self._mean else losses.sum()
         params = self.params
-        for param in params:
-            param.grad = None
-        self.model.backward_at(None, self.loss.backward(), need_dx=False)
         if params and params[0].grad is None:
             _refuse_no_gradient(params)
+        if self.accumulate > 1 or self.max_norm is not None:
+            self._finish([p for p in params if p.grad is not None])
         return out
 
+    def _forward_backward(self, x: Any, target: Any, first: bool = True) -> Tensor:
+        """Forward, loss and backward of one minibatch; before the first of a step, earlier gradients are cleared."""
+        out: Tensor = self.loss.forward(self.model.forward_at(None, x), target)
+        if first:
+            for param in self.params:
+                param.grad = None
+        self.model.backward_at(None, self.loss.backward(), need_dx=False)
+        return out
+
+    def _finish(self, params: list[Tensor]) -> None:
+        """Make the sum of the gradients of several minibatches a mean, where the loss is one, and limit the norm."""
+        if self.accumulate > 1 and self._mean:
+            for p in params:
+                p.grad.div_(self.accumulate)  # type: ignore[union-attr]
+        if self.max_norm is not None:
+            torch.nn.utils.clip_grad_norm_(params, self.max_norm)
+
+    @property
+    def _mean(self) -> bool:
+        return self.loss.reduction == "mean"
+
+    def _check_accumulated(self, x: Any, target: Any) -> None:
+        if _length(x, target) != self.accumulate:
+            problem = f"a step takes {self.accumulate} minibatches, got {_length(x, target)}"
+            raise ShapeError(f"TrainStep(accumulate={self.accumulate}): {problem}")
+
+    def _traced(self, x: Any, target: Any, progress: Progress) -> tuple[Traced, Stage, list[Tensor]]:
+        """The step as a graph; also the parameters that were given a new optimizer state for that."""
+        layers = list({id(la): la for part in (self.model, self.loss) for _, la in part.named_layers()}.values())
+        if any(layer._watchers for layer in layers):
+            problem = "a compiled step cannot be watched, for its program has no place to look at; "
+            raise StateError(f"TrainStep.compile: {problem}look inside the step as it was before compile()")
+        optimizer = self.optimizer if _in_program(self.optimizer) else None
+        stage = Stage(layers, self.params, optimizer, self.accumulate, self._mean, self._forward_backward, self._finish)
+        new = [] if optimizer is None else begin(optimizer, self.params)
+        progress.tell("tracing the step")
+        try:
+            traced = trace(stage, x, target)
+            if not traced.graded:
+                _refuse_no_gradient(self.params)
+        except BaseException as error:
+            for p in new:
+                del self.optimizer.state[p]
+            if isinstance(error, HandgradError) or not isinstance(error, Exception):
+                raise
+            self._explain(x, target)
+            problem = "the step is not one graph of tensors (a layer may read a value, by .item() or if): "
+            raise CompileError(f"TrainStep.compile: {problem}{error}") from error
+        return traced, stage, new
+
+    def _explain(self, x: Any, target: Any) -> None:
+        """Raise what the layers say of a minibatch when no program hides it, if they say anything; on a copy."""
+        try:
+            model, loss = copy.deepcopy((self.model, self.loss))
+        except Exception:  # it holds what cannot be copied
+            return
+        try:
+            loss(model.forward_at(None, x), target)
+            model.zero_grad()
+            loss.zero_grad()
+            model.backward_at(None, loss.backward())
+            _refuse_no_gradient([*model.parameters(), *loss.parameters()])
+        except Exception as plain:
+            raise plain from None
+
     def _begin(self) -> None:
-        """Claim the model for this step until `del _at_work[id(self.model)]`, and note its buffers as they are."""
+        """Claim the model for this step until `del _at_work[id(self.model)]`."""
         call, model = object(), self.model
         if _at_work.setdefault(id(model), call) is not call:
             raise StateError(f"TrainStep: another step of this model is under way; {ONE_THREAD}")
         if model._records or self.loss._records:
             del _at_work[id(model)]
             self._refuse_leftovers()
-        self.buffers.take()
 
     def _refuse_leftovers(self) -> None:
         for layer in (self.model, self.loss):
@@ -152,151 +297,114 @@ class TrainStep:
 
 
 class CompiledTrainStep(TrainStep):
-    """What `TrainStep.compile` returns: the same calls, through graphs that are compiled when first needed."""
+    """What `TrainStep.compile` returns: the same calls, by programs that are made when first needed."""
 
-    def __init__(self, step: TrainStep, chunk: int) -> None:
-        if chunk < 1:
-            raise ArgumentError(f"TrainStep.compile: chunk must be at least 1, got {chunk}")
+    def __init__(self, step: TrainStep, progress: bool | None) -> None:
         if torch.__version__ < COMPILING:
-            problem = f"torch must be {COMPILING} or newer, for graphs of an older one take an index of -1, or crash; "
-            problem += f"upgrade it, or use the step without compile(); got {torch.__version__}"
-            raise CompileError(f"TrainStep.compile: {problem}")
-        super().__init__(step.model, step.loss, step.optimizer)
-        self.chunk = chunk
-        self._layers = [layer for part in (step.model, step.loss) for _, layer in part.named_layers()]
-        self._scheduled: list[dict[str, Tensor]] = []  # by parameter group
-        self._stepped = False  # outside, so that whatever gets a gradient has its momentum buffer
-        self._prepare()
-
-    def _prepare(self) -> None:
-        if any(p.device.type == "cpu" for p in self.params):
+            _refuse_old("compile")
+        if any(p.device.type == "cpu" for p in step.params):
             _require_compiler()
-        # without Python between the kernels, and all intermediates in one piece of memory
-        options: dict[str, Any] = {"cpp_wrapper": True, "memory_planning": True, "memory_pool": "intermediates"}
-        how: dict[str, Any] = {"fullgraph": True, "dynamic": False, "options": options}
-        how |= {"recompile_limit": GRAPHS, "isolate_recompiles": True}
-        self._one, self._many = torch.compile(self._graph, **how), torch.compile(self._graph_many, **how)
+        super().__init__(step.model, step.loss, step.optimizer, max_norm=step.max_norm, accumulate=step.accumulate)
+        self._progress = sys.stderr.isatty() if progress is None else progress
+        self._made: list[tuple[Fingerprint, dict[Any, Program]]] = []  # the latest used first
 
     def __getstate__(self) -> dict[str, Any]:
-        """Copies and pickles carry all but the graphs, which are of this model; the copy compiles its own."""
-        return {name: value for name, value in vars(self).items() if name not in ("_one", "_many")}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state)
-        self._prepare()
+        """Copies and pickles carry all but the programs, which are of this model; the copy makes its own."""
+        return vars(self) | {"_made": []}
 
     def __call__(self, x: Any, target: Any) -> Tensor:
-        groups = self._groups()
-        if groups is None:
-            loss = super().__call__(x, target)
-            self._stepped = True
-            return loss
-        return self._run(self._one, x, target, groups)
+        if self.accumulate > 1:
+            self._check_accumulated(x, target)
+        levels = min(self.accumulate, 2) - 1
+        return self._run(_joined(x, levels), _joined(target, levels))[0]
 
     def many(self, xs: Any, targets: Any) -> Tensor:
-        """Do as TrainStep.many does, `chunk` steps in a graph."""
-        steps, done, losses = _length(xs, targets), 0, []
-        while done < steps:
-            groups = self._groups()
-            end = done + self.chunk
-            if groups and end <= steps:
-                x, target = (_minibatches(many, slice(done, end)) for many in (xs, targets))
-                losses.append(self._run(self._many, x, target, groups))
-            else:
-                end = done + 1
-                losses.append(self(_minibatches(xs, done), _minibatches(targets, done)).unsqueeze(0))
+        """Do as TrainStep.many does, in one call of the program; in several where minibatches differ in shape."""
+        steps = _length(xs, targets)
+        if not _in_program(self.optimizer):
+            return super().many(xs, targets)
+        losses, done = [], 0
+        for end in _ends_of_alike(xs, targets, steps):
+            some = [_joined(_minibatches(part, slice(done, end)), min(self.accumulate, 2)) for part in (xs, targets)]
+            try:
+                losses.append(self._run(*some))
+            except Exception as error:
+                _say_done(error, done, steps)
+                raise
             done = end
         return losses[0] if len(losses) == 1 else torch.cat(losses)
 
-    def _graph(self, x: Any, target: Any, groups: list[Group]) -> Tensor:
-        """One step; what is compiled."""
-        out = self._forward_backward(x, target)
-        for params, buffers, options in groups:
-            held = [i for i, p in enumerate(params) if p.grad is not None]
-            if not held:
-                continue
-            grads: list[Any] = [params[i].grad for i in held]
-            for i, grad in zip(held, grads):
-                if grad.shape != params[i].shape or grad.dtype is not params[i].dtype:
-                    raise ShapeError("a gradient is unlike its parameter")  # the layers will say which
-            moved = descend([params[i] for i in held], grads, [buffers[i] for i in held] if buffers else [], options)
-            for i, buffer in zip(held, moved):
-                if buffers[i] is None:
-                    buffers[i] = buffer
-        return out
-
-    def _graph_many(self, xs: Any, targets: Any, groups: list[Group]) -> Tensor:
-        pairs = [(_minibatches(xs, k), _minibatches(targets, k)) for k in range(self.chunk)]
-        return torch.stack([self._graph(x, target, groups) for x, target in pairs])
-
-    def _groups(self) -> list[Group] | None:
-        """What the update in the graph needs; [] where the optimizer does its own, None for one step outside."""
-        if not torch.is_grad_enabled():
-            return None  # which ends in the error that says so
-        if not _bare(self.optimizer):
-            return []
-        groups: list[Group] = []
-        for i, group in enumerate(self.optimizer.param_groups):
-            params, buffers = group["params"], []
-            if group["momentum"] != 0:
-                state: dict[Any, Any] = self.optimizer.state
-                buffers = [state.get(p, {}).get("momentum_buffer") for p in params]
-                if not self._stepped and any(b is None for b in buffers):
-                    return None
-            if i == len(self._scheduled):
-                self._scheduled.append({key: torch.tensor(float(group[key]), dtype=torch.float64) for key in SCHEDULED})
-            for key, tensor in self._scheduled[i].items():
-                if tensor.item() != group[key]:
-                    tensor.fill_(group[key])
-            options = {key: group[key] for key in ("dampening", "weight_decay", "nesterov", "maximize")}
-            groups.append((params, buffers, {**self._scheduled[i], **options}))
-        return groups
-
-    def _run(self, graph: Callable[..., Tensor], x: Any, target: Any, groups: list[Group]) -> Tensor:
-        if any(layer._watchers for layer in self._layers):
-            problem = "a compiled step cannot be watched, for its graph has no place to look at; "
-            raise StateError(f"TrainStep.compile: {problem}look inside the step as it was before compile()")
+    def _run(self, xs: Any, targets: Any) -> Tensor:
+        """The losses of the steps; the minibatches of all steps lie one after the other."""
+        if self._outside():
+            one = slice(0, self.accumulate) if self.accumulate > 1 else 0
+            loss = super().__call__(_minibatches(xs, one), _minibatches(targets, one)).unsqueeze(0)
+            if self.accumulate == len(taken_apart((xs, targets))[0][0]):
+                return loss
+            rest = slice(self.accumulate, None)
+            return torch.cat([loss, self._run(_minibatches(xs, rest), _minibatches(targets, rest))])
         self._begin()
         try:
-            missing = [(ps[i], bs, i) for ps, bs, _ in groups for i, b in enumerate(bs) if b is None]
+            parts, structure = taken_apart((xs, targets))
+            parts = [part.contiguous() for part in parts]
+            program = self._program(xs, targets, parts, structure)
+            outside = program.stage.optimizer is None
             try:
-                loss = graph(x, target, groups)
-            except BaseException as error:
-                self.buffers.put_back()
-                if isinstance(error, Exception):
-                    self._explain(x, target, many=graph is self._many)
-                raise
-            self._after(groups, missing)
+                losses, wrong, grads = program([*numbers(program.stage.optimizer).values()], parts)
+            except RuntimeError as error:
+                for k in range(len(parts[0])):
+                    self._explain(_minibatches(xs, k), _minibatches(targets, k))
+                raise CompileError(f"TrainStep.compile: the program failed; nothing has changed; {error}") from error
+            if wrong >= 0:
+                self._explain(_minibatches(xs, wrong), _minibatches(targets, wrong))
+                raise IndexRangeError(f"TrainStep.compile: an index in minibatch {wrong} is out of range")
+            for p in self.params:
+                p.grad = None
+            for i, grad in zip(program.traced.graded, grads):
+                self.params[i].grad = grad
+            if outside:
+                self._finish([p for p in self.params if p.grad is not None])
+                self.optimizer.step()
+            else:
+                self.optimizer._opt_called = True  # type: ignore[attr-defined]  # or a scheduler warns
         finally:
             del _at_work[id(self.model)]
-        return loss
+        return losses
 
-    def _explain(self, x: Any, target: Any, *, many: bool) -> None:
-        """Raise what the layers say of these inputs when no graph hides it, if they say anything; on copies of them."""
-        try:
-            model, loss = copy.deepcopy((self.model, self.loss))
-        except Exception:  # it holds what cannot be copied
-            return
-        steps = range(_length(x, target)) if many else [...]
-        for k in steps:
-            try:
-                loss(model.forward_at(None, _minibatches(x, k)), _minibatches(target, k))
-                model.zero_grad()
-                loss.zero_grad()
-                model.backward_at(None, loss.backward())
-                _refuse_no_gradient([*model.parameters(), *loss.parameters()])
-            except Exception as plain:
-                raise plain from None
+    def _outside(self) -> bool:
+        """Whether the next step is none for a program: one that layers refuse, or a first one with dampening."""
+        return not torch.is_grad_enabled() or is_any_autocast_enabled() or _must_begin_outside(self.optimizer)
 
-    def _after(self, groups: list[Group], missing: list[tuple[Tensor, list[Tensor | None], int]]) -> None:
-        """Do the update where the graph has not done it; else note the momentum buffers that it made."""
-        if not groups or not isinstance(self.optimizer, SGD):
-            self.optimizer.step()
-            return
-        self.optimizer._opt_called = True
-        for p, buffers, i in missing:
-            if buffers[i] is not None:
-                self.optimizer.state[p]["momentum_buffer"] = buffers[i]
+    def _program(self, xs: Any, targets: Any, parts: list[Tensor], structure: Any) -> Program:
+        """The program for such minibatches and for the model as it is now."""
+        kind = structure, *[(part.shape[1:], part.dtype, part.device) for part in parts]
+        for i, (fingerprint, programs) in enumerate(self._made):
+            if fingerprint.fits():
+                if i > 0:
+                    self._made.insert(0, self._made.pop(i))
+                if kind not in programs:
+                    programs[kind] = self._make(xs, targets)[1]
+                return programs[kind]
+        fingerprint, program = self._make(xs, targets)
+        self._made[KEPT - 1 :] = []
+        self._made.insert(0, (fingerprint, {kind: program}))
+        return program
+
+    def _make(self, xs: Any, targets: Any) -> tuple[Fingerprint, Program]:
+        with Progress(self._progress) as progress:
+            traced, stage, new = self._traced(_minibatches(xs, 0), _minibatches(targets, 0), progress)
+            graded = {id(self.params[i]) for i in traced.graded}
+            for p in new:
+                if id(p) not in graded:
+                    del self.optimizer.state[p]  # as without a program: no gradient, no state
+            fingerprint = Fingerprint(stage.layers, self.params, traced.state, self.optimizer, SCHEDULED)
+            return fingerprint, compiled(traced, stage, progress.tell)
+
+
+def _refuse_old(what: str) -> None:
+    problem = f"torch must be {COMPILING} or newer, for graphs of an older one take an index of -1, or crash; "
+    problem += f"upgrade it, or use the step as it is; got {torch.__version__}"
+    raise CompileError(f"TrainStep.{what}: {problem}")
 
 
 def _refuse_no_gradient(params: list[Tensor]) -> None:
@@ -307,18 +415,32 @@ def _refuse_no_gradient(params: list[Tensor]) -> None:
 
 def _bare(optimizer: torch.optim.Optimizer) -> TypeGuard[SGD]:
     """Whether `optimizer.step()` does nothing but handgrad's SGD update, so that nobody misses the rest of it."""
-    return type(optimizer) is SGD and not (
-        optimizer._optimizer_step_pre_hooks
-        or optimizer._optimizer_step_post_hooks
-        or torch_optimizer._global_optimizer_pre_hooks
-        or torch_optimizer._global_optimizer_post_hooks
+    return type(optimizer) is SGD and not hooked(optimizer)
+
+
+def _in_program(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether a program does the optimizer's update: where it can be traced, and nobody is to be called beside it."""
+    return type(optimizer) in (SGD, torch.optim.Adam, torch.optim.AdamW) and not hooked(optimizer)
+
+
+def _must_begin_outside(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether a momentum buffer is to be made with dampening: of the gradient, which zeros become only without."""
+    return type(optimizer) is SGD and any(
+        group["momentum"] != 0
+        and group["dampening"] != 0
+        and any(p not in optimizer.state and not is_frozen(p) for p in group["params"])
+        for group in optimizer.param_groups
     )
 
 
+def _say_done(error: Exception, done: int, steps: int) -> None:
+    """Note on the error how far `many` came."""
+    if hasattr(error, "add_note"):
+        error.add_note(f"{done} of the {steps} steps of TrainStep.many are done")
+
+
 def _minibatches(many: Any, which: Any) -> Any:
-    """One of the K minibatches, or several: of each part, where a tuple stands for several inputs; `...` for all."""
-    if which is ...:
-        return many
+    """One of the K minibatches, or several: of each part, where a tuple stands for several inputs."""
     return tuple([_minibatches(part, which) for part in many]) if isinstance(many, tuple) else many[which]
 
 
@@ -329,6 +451,42 @@ def _length(xs: Any, targets: Any) -> int:
         problem = f"xs and targets must hold K minibatches each, at least one, got {' and '.join(map(str, lengths))}"
         raise ShapeError(f"TrainStep.many: {problem} (a tuple stands for several inputs, a list for K minibatches)")
     return lengths[0]
+
+
+def _joined(many: Any, levels: int) -> Any:
+    """Minibatches one after the other: one (0), a tensor or list of them (1), or those of several steps (2)."""
+    if isinstance(many, tuple):
+        return tuple([_joined(part, levels) for part in many])
+    if not isinstance(many, (Tensor, list)):
+        return many
+    if levels == 0:
+        return many.unsqueeze(0) if isinstance(many, Tensor) else many
+    if isinstance(many, list):
+        each = [_joined(part, levels - 1) for part in many]
+        return _side_by_side(each)
+    return many if levels == 1 else many.flatten(0, 1)
+
+
+def _side_by_side(each: list[Any]) -> Any:
+    """One value of several alike: their tensors joined along dimension 0."""
+    if isinstance(each[0], tuple):
+        return tuple([_side_by_side(list(parts)) for parts in zip(*each)])
+    return torch.cat(each) if isinstance(each[0], Tensor) else each[0]
+
+
+def _ends_of_alike(xs: Any, targets: Any, steps: int) -> list[int]:
+    """Where stretches of steps whose minibatches have the same shapes end."""
+    both = (part for many in (xs, targets) for part in (many if isinstance(many, tuple) else [many]))
+    if not any(isinstance(part, list) for part in both):
+        return [steps]
+    kinds = [_kind(_minibatches(xs, k), _minibatches(targets, k)) for k in range(steps)]
+    return [k + 1 for k in range(steps) if k + 1 == steps or kinds[k] != kinds[k + 1]]
+
+
+def _kind(*values: Any) -> Any:
+    """The shapes and dtypes of a minibatch."""
+    inside = (tuple, list)
+    return [(v.shape, v.dtype) if isinstance(v, Tensor) else _kind(*v) if isinstance(v, inside) else v for v in values]
 
 
 def _require_compiler() -> None:

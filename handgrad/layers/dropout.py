@@ -8,6 +8,7 @@ from torch import Tensor
 from handgrad.arguments import number
 from handgrad.layer import Layer
 from handgrad.pieces import wide
+from handgrad.randomness import uniform
 
 
 class Dropout(Layer):
@@ -59,8 +60,7 @@ class Dropout(Layer):
 
 def drawn_mask(x: Tensor, p: float, generator: torch.Generator | None) -> Tensor:
     """A number for each element of x: 1/(1 - p) with probability 1 - p, else 0."""
-    home = x.device if generator is None else generator.device
-    mask = torch.empty_like(x, device=home, dtype=wide(x.dtype)).uniform_(generator=generator)
+    mask = uniform(x.shape, generator, wide(x.dtype), x.device)
     torch.lt(mask, 1 - p, out=mask)  # 1 or 0
     if p < 1:
         mask.mul_(1 / (1 - p))
