@@ -1,0 +1,68 @@
+"""Indices in a program: clamped to their range, and whether one was outside is a result."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from handgrad.indices import check_indices
+from tests.versions import COMPILES
+
+X = torch.arange(12.0).view(4, 3)
+USES: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], list[int], list[list[int]]]] = {
+    "embedding": (lambda x, i: nn.functional.embedding(i, x), [0, 3, 3], [[0, 4, 1], [0, -1, 1]]),
+    "gather": (lambda x, i: x.gather(1, i.view(-1, 1)), [0, 2, 1, 1], [[0, 3, 1, 1], [0, -1, 1, 1]]),
+    "index_select": (lambda x, i: x.index_select(0, i), [3, 0], [[4, 0], [-1, 0]]),
+    "scatter_add": (
+        lambda x, i: x.scatter_add(1, i.unsqueeze(1), torch.ones(4, 1)),
+        [0, 2, 2, 1],
+        [[0, 3, 2, 1], [0, -1, 2, 1]],
+    ),
+    "from the end": (lambda x, i: x[i], [-4, 3, 0], [[-5, 3, 0], [4, 3, 0]]),
+    "in two dimensions": (lambda x, i: x[i, i], [-3, 2, 0], [[3, 2, 0], [-4, 2, 0]]),
+    "index_put": (lambda x, i: x.index_put((i,), torch.ones(3)), [-1, 0], [[4, 0], [-5, 0]]),
+    "computed": (lambda x, i: nn.functional.embedding(2 * i - 1, x), [1, 2], [[0, 1], [3, 1]]),
+}
+
+
+def graph_of(function: Callable[..., Tensor], *inputs: Tensor) -> torch.fx.GraphModule:
+    class Module(nn.Module):
+        def forward(self, *inputs: Tensor) -> Tensor:
+            return function(*inputs)
+
+    return torch.export.export(Module(), inputs, strict=False).run_decompositions().graph_module
+
+
+@COMPILES
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("use", USES)
+def test_each_use_of_an_index_is_checked(use: str) -> None:
+    function, good, bad = USES[use]
+    graph = graph_of(function, X, torch.tensor(good))
+    assert check_indices(graph)
+    out, outside = graph(X, torch.tensor(good))
+    assert not outside
+    assert torch.equal(out, function(X, torch.tensor(good)))
+    for index in bad:
+        assert graph(X, torch.tensor(index))[-1]
+
+
+@COMPILES
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_what_several_read_through_views_is_looked_at_once() -> None:
+    def function(x: Tensor, i: Tensor) -> Any:
+        return x.gather(1, i.unsqueeze(1)) + x.scatter_add(1, i.unsqueeze(1), torch.ones(4, 1))
+
+    graph = graph_of(function, X, torch.tensor([0, 1, 2, 0]))
+    assert check_indices(graph)
+    assert sum(node.target is torch.ops.aten.clamp.default for node in graph.graph.nodes) == 1
+
+
+@COMPILES
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_indices_that_come_of_values_are_left_alone() -> None:
+    assert not check_indices(graph_of(lambda x: x.gather(1, x.argmax(1, keepdim=True)), X))
