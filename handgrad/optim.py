@@ -24,6 +24,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import profiler
+from torch.optim import optimizer as torch_optimizer
 
 from handgrad.errors import ArgumentError
 
@@ -77,27 +79,41 @@ class SGD(torch.optim.Optimizer):
         }
         super().__init__(params, defaults)
 
-    @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Update every parameter that has a gradient; returns closure()'s result where a closure is given."""
+        """Update every parameter that has a gradient; returns closure()'s result where a closure is given.
+
+        What torch.optim wraps round a step, its hooks and a range for the profiler, costs as much as the update of a
+        small model. So it is there only where somebody looks. (An override has torch's own wrapper.)
+        """
+        if type(self).step is SGD.step and (hooked(self) or profiler._is_profiler_enabled):
+            return self._step_seen(closure)
+        return self._step(closure)
+
+    step.hooked = True  # type: ignore[attr-defined]  # says to torch.optim that the wrapper need not be put on
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Set every gradient to None, or with set_to_none=False to zero."""
+        if not set_to_none or profiler._is_profiler_enabled:
+            super().zero_grad(set_to_none)
+            return
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.grad = None
+
+    def _step(self, closure: Callable[[], Any] | None) -> Any:
         loss = None if closure is None else closure()
-        self.update()
+        with torch.no_grad():
+            for group in self.param_groups:
+                params, grads = [], []
+                for p in group["params"]:
+                    if (grad := p.grad) is not None:
+                        params.append(p)
+                        grads.append(grad)
+                if params:
+                    self._update(params, grads, group)
         return loss
 
-    def update(self) -> None:
-        """Do what `step()` does, without what torch.optim wraps round it: hooks, a profiler range, a closure.
-
-        The wrapper costs as much as the update of a small model.
-        """
-        for group in self.param_groups:
-            params, grads = [], []
-            for p in group["params"]:
-                if (grad := p.grad) is not None:
-                    params.append(p)
-                    grads.append(grad)
-            if params:
-                self._update(params, grads, group)
-        self._opt_called = True  # what an LR scheduler looks at to warn of a scheduler step before the first update
+    _step_seen = torch.optim.Optimizer.profile_hook_step(_step)  # the same with the hooks, in a profiler range
 
     def _update(self, params: list[Tensor], grads: list[Tensor], group: dict[str, Any]) -> None:
         if group["momentum"] == 0:
@@ -107,6 +123,16 @@ class SGD(torch.optim.Optimizer):
         buffers = descend(params, grads, [s.get("momentum_buffer") for s in states], group)
         for state, buffer in zip(states, buffers):
             state["momentum_buffer"] = buffer
+
+
+def hooked(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether somebody is to be called before or after each step of the optimizer."""
+    return bool(
+        optimizer._optimizer_step_pre_hooks
+        or optimizer._optimizer_step_post_hooks
+        or torch_optimizer._global_optimizer_pre_hooks
+        or torch_optimizer._global_optimizer_post_hooks
+    )
 
 
 def descend(

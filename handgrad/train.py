@@ -8,13 +8,12 @@ from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
-from torch.optim import optimizer as torch_optimizer
 
 from handgrad.errors import ArgumentError, CompileError, ShapeError, StateError
 from handgrad.layer import ONE_THREAD, Layer, is_frozen
 from handgrad.losses.loss import Loss
 from handgrad.memory import Snapshot
-from handgrad.optim import SGD, descend
+from handgrad.optim import SGD, descend, hooked
 
 Group = tuple[list[Tensor], list["Tensor | None"], dict[str, Any]]
 """What one parameter group's update reads in a compiled graph: parameters, momentum buffers, and the options. A buffer
@@ -86,10 +85,7 @@ class TrainStep:
                 self.loss.drop_records()
                 self.buffers.put_back()
                 raise
-            if _bare(self.optimizer):
-                self.optimizer.update()
-            else:
-                self.optimizer.step()
+            self.optimizer.step()
         finally:
             del _at_work[id(self.model)]
         return out
@@ -306,13 +302,8 @@ def _refuse_no_gradient(params: list[Tensor]) -> None:
 
 
 def _bare(optimizer: torch.optim.Optimizer) -> TypeGuard[SGD]:
-    """Whether `optimizer.step()` does nothing but handgrad's SGD update, so that nobody misses the rest of it."""
-    return type(optimizer) is SGD and not (
-        optimizer._optimizer_step_pre_hooks
-        or optimizer._optimizer_step_post_hooks
-        or torch_optimizer._global_optimizer_pre_hooks
-        or torch_optimizer._global_optimizer_post_hooks
-    )
+    """Whether `optimizer.step()` does nothing but handgrad's SGD update, so that a graph may do it in its place."""
+    return type(optimizer) is SGD and not hooked(optimizer)
 
 
 def _minibatches(many: Any, which: Any) -> Any:
