@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import profiler
+from torch.autograd import profiler  # _is_profiler_enabled: of any thread; there is no public question
 from torch.optim import optimizer as torch_optimizer
 
 from handgrad.errors import ArgumentError
@@ -52,6 +52,8 @@ class SGD(torch.optim.Optimizer):
     >>> layer.weight  # 1 - 0.1 * 2
     tensor([[0.8000]])
     """
+
+    _opt_called: bool  # what an LR scheduler looks at, which sets it in each step, to warn of its own step before one
 
     def __init__(
         self,
