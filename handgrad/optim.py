@@ -103,7 +103,10 @@ class SGD(torch.optim.Optimizer):
                 p.grad = None
 
     def _step(self, closure: Callable[[], Any] | None) -> Any:
-        loss = None if closure is None else closure()
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
         for group in self.param_groups:
             params, grads = [], []
             for p in group["params"]:
