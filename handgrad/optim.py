@@ -113,7 +113,8 @@ class SGD(torch.optim.Optimizer):
                 if (grad := p.grad) is not None:
                     params.append(p)
                     grads.append(grad)
-            if any([p.requires_grad for p in params]):  # none of handgrad's; no_grad costs a small model 4 % of a step
+            tracked = [p for p in params if p.requires_grad]
+            if tracked:  # which handgrad's never are; no_grad would cost a small model 4 % of its step
                 with torch.no_grad():
                     self._update(params, grads, group)
             elif params:

@@ -170,8 +170,8 @@ class BatchNorm1d(BatchNorm):
                batch, which move running_mean and running_var along; in evaluation with these
     Shapes:    x (N, C) or (N, C, L), or (..., C) if `channels_last`; weight, bias, running_mean, running_var (C,);
                out like x
-    Backward:  derived at BatchNorm: dbias = sum dout,  dweight = sum dout xhat,  and with scale = weight/sqrt(var + eps)
-               in training, with n values per channel,
+    Backward:  derived at BatchNorm: dbias = sum dout,  dweight = sum dout xhat,  and with
+               scale = weight/sqrt(var + eps), in training, with n values per channel,
                dx = scale (dout - (dbias + xhat dweight)/n);  in evaluation dx = scale dout
     Recorded:  x, mean, rstd, weight
     Raises:    ArgumentError; ShapeError, also for a batch of one value per channel in training; DtypeError; StateError.
@@ -196,8 +196,8 @@ class BatchNorm2d(BatchNorm):
     Forward:   xhat = (x - mean) / sqrt(var + eps),  out = xhat weight + bias;  in training with mean and var of the
                batch, which move running_mean and running_var along; in evaluation with these
     Shapes:    x (N, C, H, W), or (..., C) if `channels_last`; weight, bias, running_mean, running_var (C,); out like x
-    Backward:  derived at BatchNorm: dbias = sum dout,  dweight = sum dout xhat,  and with scale = weight/sqrt(var + eps)
-               in training, with n = N H W,
+    Backward:  derived at BatchNorm: dbias = sum dout,  dweight = sum dout xhat,  and with
+               scale = weight/sqrt(var + eps), in training, with n = N H W,
                dx = scale (dout - (dbias + xhat dweight)/n);  in evaluation dx = scale dout
     Recorded:  x, mean, rstd, weight
     Raises:    ArgumentError; ShapeError, also for a batch of one value per channel in training; DtypeError; StateError.
