@@ -111,18 +111,17 @@ class BatchNorm(Layer):
         def column(per_channel: Tensor) -> Tensor:
             return per_channel.view(-1, *[1] * behind) if behind else per_channel
 
-        def normalized(x: Tensor) -> Tensor:
-            return (x - column(mean)).mul_(column(rstd))  # xhat
-
         def sums(dout: Tensor, xhat: Tensor) -> tuple[Tensor, Tensor]:
             # out = xhat weight + bias
             return dout.sum(others), (dout * xhat).sum(others)  # dbias, dweight
 
-        xhat = normalized(x) if is_whole(x) else None  # else piece by piece, in both passes
-        if xhat is not None:
+        xhat: Tensor | None = None
+        if is_whole(x):
+            xhat = (x - column(mean)).mul_(column(rstd))
             dbias, dweight = sums(dout, xhat)
-        else:
-            _, dbias, dweight = blockwise(lambda dout, x: (None, *sums(dout, normalized(x))), dout, x)
+        else:  # of each piece x - mean alone, and rstd once for all: a pass less over what is large
+            _, dbias, dscale = blockwise(lambda dout, x: (None, *sums(dout, x - column(mean))), dout, x)
+            dweight = rstd * dscale
         self.add_grad(weight, dweight)
         self.add_grad(self.bias, dbias)
         if not need_dx:
@@ -132,14 +131,15 @@ class BatchNorm(Layer):
             return dout * scale
         n = max(x.numel() // self.num_features, 1)
 
-        def formula(dout: Tensor, xhat: Tensor) -> Tensor:
+        def formula(dout: Tensor, xhat: Tensor, dweight: Tensor) -> Tensor:
             # xhat = (x - mean) rstd,  rstd = 1/sqrt(sum (x - mean)^2 / m + eps)
             dmean_dvar = torch.addcmul(column(dbias), xhat, column(dweight), value=n / max(m, 1), out=xhat)
             return torch.sub(dout, dmean_dvar, alpha=1 / n, out=xhat).mul_(scale)  # both without the factor -scale/n
 
         if xhat is not None:
-            return formula(dout, xhat)
-        return blockwise(lambda dout, x: formula(dout, normalized(x)), dout, x)
+            return formula(dout, xhat, dweight)
+        slope = rstd * dweight  # xhat dweight = (x - mean) slope
+        return blockwise(lambda dout, x: formula(dout, x - column(mean), slope), dout, x)
 
     def _normalize(self, x: Tensor, k: float) -> tuple[Tensor, Tensor, Tensor]:
         """Out, mean and rstd from the batch's statistics, with k = m/n; in training, update the running ones.
