@@ -469,7 +469,7 @@ class Layer:
     def named_children(self) -> Iterator[tuple[str, Layer]]:
         """The layers held in attributes, or in dicts, lists and tuples there, nested or not, with their names."""
         for name, value in vars(self).items():
-            if name not in _OF_A_RUN:
+            if type(value) not in _HOLD_NOTHING and name not in _OF_A_RUN:
                 yield from held(Layer, name, value)
 
     def named_layers(self, prefix: str = "") -> Iterator[tuple[str, Layer]]:
@@ -655,6 +655,7 @@ class Layer:
 
 
 _OF_A_RUN = ("_records", "_watchers", "forward", "backward")  # the last two where somebody watches the class's own
+_HOLD_NOTHING = {Tensor, int, float, bool, str, type(None)}  # what most attributes are
 _UNSHOWN = object()
 _SHOWN = (bool, int, float, str, tuple, list, type(None))
 

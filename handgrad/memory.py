@@ -65,7 +65,7 @@ class Snapshot:
         addresses = list(map(Tensor.data_ptr, self._with_memory))
         if addresses != self._addresses or not addresses:  # the first time, or the model was converted or moved
             self._find(addresses)
-        self._bytes = list(map(bytes, self._memory))
+        self._bytes = [memory.raw for memory in self._memory]
         if self._others:
             self._copies = [t.clone() for t in self._others]
 

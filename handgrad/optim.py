@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import profiler  # _is_profiler_enabled: of any thread; there is no public question
 from torch.optim import optimizer as torch_optimizer
 
 from handgrad.errors import ArgumentError
@@ -52,6 +53,8 @@ class SGD(torch.optim.Optimizer):
     tensor([[0.8000]])
     """
 
+    _opt_called: bool  # what an LR scheduler looks at, which sets it in each step, to warn of its own step before one
+
     def __init__(
         self,
         params: Iterable[Any],
@@ -78,27 +81,47 @@ class SGD(torch.optim.Optimizer):
         }
         super().__init__(params, defaults)
 
-    @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Update every parameter that has a gradient; returns closure()'s result where a closure is given."""
-        loss = None if closure is None else closure()
-        self.update()
-        return loss
+        """Update every parameter that has a gradient; returns closure()'s result where a closure is given.
 
-    def update(self) -> None:
-        """Do what `step()` does, without what torch.optim wraps round it: hooks, a profiler range, a closure.
-
-        The wrapper costs as much as the update of a small model.
+        What torch.optim wraps round a step, its hooks and a range for the profiler, costs as much as the update of a
+        small model. So it is there only where somebody looks. (An override has torch's own wrapper.)
         """
+        if type(self).step is SGD.step and (hooked(self) or profiler._is_profiler_enabled):
+            return self._step_seen(closure)
+        return self._step(closure)
+
+    step.hooked = True  # type: ignore[attr-defined]  # says to torch.optim that the wrapper need not be put on
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Set every gradient to None, or with set_to_none=False to zero."""
+        if not set_to_none or profiler._is_profiler_enabled:
+            super().zero_grad(set_to_none)
+            return
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.grad = None
+
+    def _step(self, closure: Callable[[], Any] | None) -> Any:
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
         for group in self.param_groups:
             params, grads = [], []
             for p in group["params"]:
                 if (grad := p.grad) is not None:
                     params.append(p)
                     grads.append(grad)
-            if params:
+            tracked = [p for p in params if p.requires_grad]
+            if tracked:  # which handgrad's never are; no_grad would cost a small model 4 % of its step
+                with torch.no_grad():
+                    self._update(params, grads, group)
+            elif params:
                 self._update(params, grads, group)
-        self._opt_called = True  # what an LR scheduler looks at to warn of a scheduler step before the first update
+        return loss
+
+    _step_seen = torch.optim.Optimizer.profile_hook_step(_step)  # the same with the hooks, in a profiler range
 
     def _update(self, params: list[Tensor], grads: list[Tensor], group: dict[str, Any]) -> None:
         if not isinstance(group["momentum"], Tensor) and group["momentum"] == 0:

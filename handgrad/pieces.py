@@ -60,6 +60,11 @@ def precise(formula: Callable[..., R], *tensors: Tensor) -> R:
     return cast(R, (rows, *sums) if sums else rows)
 
 
+def is_whole(x: Tensor) -> bool:
+    """Whether `blockwise` hands x to a formula as it is: in one piece and in its own dtype."""
+    return x.dtype not in HALF and (x.numel() <= WHOLE or not eager_on_cpu(x))
+
+
 def blockwise(formula: Callable[..., R], *tensors: Tensor) -> R:
     """``formula(*tensors)`` as `precise` computes it, of large tensors piece by piece along dimension 0.
 
@@ -74,10 +79,11 @@ def blockwise(formula: Callable[..., R], *tensors: Tensor) -> R:
     (True, True)
     """
     first = tensors[0]
-    count = first.numel()
+    if is_whole(first):
+        return formula(*tensors)
+    count, length = first.numel(), len(first)
     if count <= WHOLE or not eager_on_cpu(first):
-        return formula(*tensors) if first.dtype not in HALF else precise(formula, *tensors)
-    length = len(first)
+        return precise(formula, *tensors)
     step = max(1, PIECE * length // count)
     joined: Any = None
     sums: list[Any] = []

@@ -6,7 +6,7 @@ import copy
 import sys
 from os import PathLike
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -102,10 +102,7 @@ class TrainStep:
                 self.loss.drop_records()
                 self.buffers.put_back()
                 raise
-            if _bare(self.optimizer):
-                self.optimizer.update()
-            else:
-                self.optimizer.step()
+            self.optimizer.step()
         finally:
             del _at_work[id(self.model)]
         return out
@@ -411,11 +408,6 @@ def _refuse_no_gradient(params: list[Tensor]) -> None:
     if params and all(p.grad is None for p in params):
         problem = "no parameter got a gradient, for all are frozen; unfreeze() what is to be trained"
         raise StateError(f"TrainStep: {problem}")
-
-
-def _bare(optimizer: torch.optim.Optimizer) -> TypeGuard[SGD]:
-    """Whether `optimizer.step()` does nothing but handgrad's SGD update, so that nobody misses the rest of it."""
-    return type(optimizer) is SGD and not hooked(optimizer)
 
 
 def _in_program(optimizer: torch.optim.Optimizer) -> bool:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+import pickle
+import threading
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.optim import optimizer as torch_optimizer
 
 import handgrad as hg
 from handgrad import twins
@@ -84,6 +87,168 @@ def test_a_closure_is_evaluated_once() -> None:
     assert hg.SGD(tensors(), lr=0.1).step(lambda: calls.append(1) or 7.0) == 7.0
     assert calls == [1]
     assert hg.SGD(tensors(), lr=0.1).step() is None
+
+
+def test_a_closure_may_run_forward_and_backward() -> None:
+    """Step never has it under no_grad, where nothing is recorded."""
+    layer, x = hg.Linear(2, 1), torch.ones(3, 2)
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = layer(x).sum()
+        layer.backward(torch.ones(3, 1))
+        return loss
+
+    optimizer = hg.SGD(layer.parameters(), lr=0.1)
+    before = layer.weight.clone()
+    optimizer.step(closure)
+    with torch.no_grad():
+        optimizer.step(closure)
+    torch.testing.assert_close(layer.weight, before - 2 * 0.1 * 3)
+
+
+def test_hooks_see_every_step() -> None:
+    """One's own and those of all optimizers, before and after the update, in torch's order; removed, they are gone."""
+    (param, *_), seen = tensors(), []
+    optimizer, before = hg.SGD([param], lr=0.1), param.clone()
+
+    def note(name: str) -> Callable[..., None]:
+        return lambda of, args, kwargs: seen.append((name, of is optimizer, torch.equal(param, before)))
+
+    handles = [optimizer.register_step_pre_hook(note("pre")), optimizer.register_step_post_hook(note("post"))]
+    optimizer.step()
+    assert seen == [("pre", True, True), ("post", True, False)]
+    handles += [
+        torch_optimizer.register_optimizer_step_pre_hook(note("global pre")),
+        torch_optimizer.register_optimizer_step_post_hook(note("global post")),
+    ]
+    seen.clear()
+    optimizer.step()
+    assert [name for name, *_ in seen] == ["global pre", "pre", "post", "global post"]
+    for handle in handles:
+        handle.remove()
+    seen.clear()
+    optimizer.step()
+    assert seen == []
+
+
+def test_a_hook_may_change_the_arguments() -> None:
+    """A hook before the step that returns other arguments of step has its way."""
+    optimizer = hg.SGD(tensors(), lr=0.1)
+    optimizer.register_step_pre_hook(lambda of, args, kwargs: ((of, lambda: 7.0), {}))
+    assert optimizer.step() == 7.0
+
+
+class Loud(hg.SGD):
+    """An SGD whose step and zero_grad say that they ran."""
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        self.said = [*getattr(self, "said", []), "step"]
+        return super().step(closure)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        self.said = [*getattr(self, "said", []), "zero_grad"]
+        super().zero_grad(set_to_none)
+
+
+def test_a_subclass_may_override_step_and_zero_grad() -> None:
+    """Its own run, a hook sees a step once, and the update is done once."""
+    ours, theirs, seen = tensors(), tensors(), []
+    optimizer, plain = Loud(ours, lr=0.1), hg.SGD(theirs, lr=0.1)
+    optimizer.register_step_post_hook(lambda *_: seen.append("hook"))
+    optimizer.step()
+    plain.step()
+    for a, b in zip(ours, theirs):
+        assert torch.equal(a, b)
+    optimizer.zero_grad()
+    assert optimizer.said == ["step", "zero_grad"]
+    assert seen == ["hook"]
+    assert all(param.grad is None for param in ours)
+
+
+def test_a_subclass_that_overrides_neither_is_hooked_too() -> None:
+    """It has the step of SGD."""
+    seen: list[str] = []
+    optimizer = type("Quiet", (hg.SGD,), {})(tensors(), lr=0.1)
+    optimizer.register_step_pre_hook(lambda *_: seen.append("hook"))
+    optimizer.step()
+    assert seen == ["hook"]
+
+
+@pytest.mark.parametrize("kind", [hg.SGD, Loud])
+def test_a_profile_shows_step_and_zero_grad(kind: type[hg.SGD]) -> None:
+    """Under the names that torch.optim gives them, once a call, and only while the profiler is on."""
+    optimizer = kind(tensors(), lr=0.1)
+    optimizer.step()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        optimizer.step()
+        optimizer.zero_grad()
+    optimizer.step()
+    counts = {row.key: row.count for row in profile.key_averages() if row.key.startswith("Optimizer.")}
+    name = kind.__name__
+    assert counts == {f"Optimizer.step#{name}.step": 1, f"Optimizer.zero_grad#{name}.zero_grad": 1}
+    assert all(param.grad is None for param in optimizer.param_groups[0]["params"])
+
+
+def test_a_profile_of_all_threads_shows_a_step_in_another() -> None:
+    """As with torch.optim."""
+    optimizer = hg.SGD(tensors(), lr=0.1)
+    config = torch._C._profiler._ExperimentalConfig(profile_all_threads=True)
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, experimental_config=config) as profile:
+        thread = threading.Thread(target=optimizer.step)
+        thread.start()
+        thread.join()
+    assert "Optimizer.step#SGD.step" in {event.name for event in profile.events()}
+
+
+def test_gradients_may_be_set_to_zero() -> None:
+    """The tensors stay, and are zero; a gradient of None stays None."""
+    params = tensors()
+    params[1].grad = None
+    grads = [param.grad for param in params]
+    hg.SGD(params, lr=0.1).zero_grad(set_to_none=False)
+    assert all(param.grad is grad for param, grad in zip(params, grads))
+    assert all(grad is None or not grad.any() for grad in grads)
+
+
+def test_a_scheduler_knows_of_the_steps() -> None:
+    """It warns of a scheduler step before the first of the optimizer, and only of that."""
+    optimizer = hg.SGD(tensors(), lr=0.1)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)
+    optimizer.step()
+    scheduler.step()  # a warning would be an error here
+    assert optimizer.param_groups[0]["lr"] == 0.05
+    scheduler = torch.optim.lr_scheduler.StepLR(hg.SGD(tensors(), lr=0.1), 1)
+    with pytest.warns(UserWarning, match=r"lr_scheduler.step\(\)` before `optimizer.step\(\)"):
+        scheduler.step()
+
+
+@pytest.mark.parametrize("make", [copy.deepcopy, lambda made: pickle.loads(pickle.dumps(made))], ids=["copy", "pickle"])
+def test_a_copy_steps_on(make: Callable[[Any], Any]) -> None:
+    """With the momentum it had, on its own parameters, and can be hooked."""
+    params, seen = tensors(), []
+    optimizer = hg.SGD(params, lr=0.1, momentum=0.9)
+    optimizer.step()
+    copied, copies = make((optimizer, params))
+    for param, grad in zip(copies, [param.grad for param in params]):
+        param.grad = grad  # which a pickle does not carry
+    copied.register_step_post_hook(lambda *_: seen.append("hook"))
+    copied.step()
+    assert seen == ["hook"]
+    assert not any(torch.equal(a, b) for a, b in zip(params, copies))
+    optimizer.step()
+    assert all(torch.equal(a, b) for a, b in zip(params, copies))
+
+
+def test_parameters_of_autograd_are_updated() -> None:
+    """Tensors that require grad, too, as by torch.optim."""
+    ours, theirs = (torch.ones(2, requires_grad=True) for _ in range(2))
+    for param, kind in ((ours, hg.SGD), (theirs, torch.optim.SGD)):
+        (param**2).sum().backward()
+        kind([param], lr=0.1, momentum=0.9).step()
+    assert torch.equal(ours, theirs)
+    assert ours.requires_grad
 
 
 def mlp(lib: Any) -> Any:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from handgrad import pieces
-from handgrad.pieces import blockwise, eager_on_cpu, exp, precise, where_positive
+from handgrad.pieces import blockwise, eager_on_cpu, exp, is_whole, precise, where_positive
 
 
 @pytest.fixture
@@ -34,6 +34,17 @@ def test_rows_are_joined_and_sums_added(small_pieces, shape):
     torch.testing.assert_close(both, (a + b).sum(0))
     assert sum(shape[0] for shape in counted) == a.shape[0]
     assert len(counted) == 1 or max(shape.numel() for shape in counted) <= max(4, a[0].numel())
+
+
+def test_what_a_formula_gets_whole(small_pieces):
+    """What is small, or on a device of its own; not half precision, which it gets in float32."""
+    small, large = torch.ones(2, 2), torch.ones(5, 1)
+    cases = [(small, True), (large, False), (large.to("meta"), True), (small.half(), False), (small.bfloat16(), False)]
+    for x, whole in cases:
+        assert is_whole(x) is whole
+        handed = []
+        blockwise(lambda x, handed=handed: handed.append(x) or x, x)
+        assert (handed[0] is x) is whole
 
 
 def test_rows_may_have_another_width_and_dtype(small_pieces):

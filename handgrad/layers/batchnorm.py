@@ -12,7 +12,7 @@ from torch.nn.functional import batch_norm
 from handgrad.arguments import integer, number, refused
 from handgrad.errors import ShapeError
 from handgrad.layer import Layer, buffer, parameter
-from handgrad.pieces import blockwise, wide
+from handgrad.pieces import blockwise, is_whole, wide
 
 
 class BatchNorm(Layer):
@@ -26,13 +26,12 @@ class BatchNorm(Layer):
                With momentum=None the factor is 1/num_batches_tracked: the plain average. In evaluation, mean and var
                are the running ones, constants; without running statistics they are always those of the batch.
     Shapes:    x as in `forms`, or (..., C) if `channels_last`; weight, bias, running_mean, running_var (C,); out like x
-    Backward:  with diff = x - mean and scale = rstd weight, so that out = diff scale + bias:
-               dbias = sum dout;  dweight = sum dout xhat = rstd sum dout diff.
-               In evaluation dx = dout scale. In training x also acts through var and mean:
-               dvar  = sum dout weight diff (-1/2) rstd^3 = -1/2 scale rstd dweight
-               dmean = -sum dout scale = -scale dbias    (the way through var adds nothing: sum diff = 0)
-               dx    = dout scale + dvar 2 diff/m + dmean/n
-                     = scale (dout - (dbias + diff rstd dweight n/m)/n)
+    Backward:  dbias = sum dout;  dweight = sum dout xhat.
+               With scale = rstd weight, in evaluation dx = dout scale. In training x also acts through var and mean:
+               dvar  = sum dout weight (x - mean) (-1/2) rstd^3 = -1/2 scale rstd dweight
+               dmean = -sum dout scale = -scale dbias    (the way through var adds nothing: sum (x - mean) = 0)
+               dx    = dout scale + dvar 2 (x - mean)/m + dmean/n
+                     = scale (dout - (dbias + xhat dweight n/m)/n)
     Recorded:  x, mean, rstd, weight
     Raises:    ArgumentError; ShapeError, also for a batch of one value per channel in training; DtypeError; StateError.
     Source:    Ioffe and Szegedy 2015, arXiv:1502.03167; the simplified dx in makemore lecture 4, which uses n - 1.
@@ -112,13 +111,17 @@ class BatchNorm(Layer):
         def column(per_channel: Tensor) -> Tensor:
             return per_channel.view(-1, *[1] * behind) if behind else per_channel
 
-        def sums(dout: Tensor, x: Tensor) -> tuple[None, Tensor, Tensor]:
-            diff = x - column(mean)
-            return None, dout.sum(others), (dout * diff).sum(others)
+        def sums(dout: Tensor, xhat: Tensor) -> tuple[Tensor, Tensor]:
+            # out = xhat weight + bias
+            return dout.sum(others), (dout * xhat).sum(others)  # dbias, dweight
 
-        # out = diff scale + bias,  scale = rstd weight
-        _, dbias, dscale = blockwise(sums, dout, x)
-        dweight = rstd * dscale
+        xhat: Tensor | None = None
+        if is_whole(x):
+            xhat = (x - column(mean)).mul_(column(rstd))
+            dbias, dweight = sums(dout, xhat)
+        else:  # of each piece x - mean alone, and rstd once for all: a pass less over what is large
+            _, dbias, dscale = blockwise(lambda dout, x: (None, *sums(dout, x - column(mean))), dout, x)
+            dweight = rstd * dscale
         self.add_grad(weight, dweight)
         self.add_grad(self.bias, dbias)
         if not need_dx:
@@ -128,14 +131,15 @@ class BatchNorm(Layer):
             return dout * scale
         n = max(x.numel() // self.num_features, 1)
 
-        def formula(dout: Tensor, x: Tensor) -> Tensor:
-            # diff = x - mean,  rstd = 1/sqrt(sum diff^2 / m + eps)
-            diff = x - column(mean)
-            dmean_dvar = torch.addcmul(column(dbias), diff, column(rstd * dweight), value=n / max(m, 1))
-            return torch.sub(dout, dmean_dvar, alpha=1 / n).mul_(scale)  # both without their factor -scale/n
+        def formula(dout: Tensor, xhat: Tensor, dweight: Tensor) -> Tensor:
+            # xhat = (x - mean) rstd,  rstd = 1/sqrt(sum (x - mean)^2 / m + eps)
+            dmean_dvar = torch.addcmul(column(dbias), xhat, column(dweight), value=n / max(m, 1), out=xhat)
+            return torch.sub(dout, dmean_dvar, alpha=1 / n, out=xhat).mul_(scale)  # both without the factor -scale/n
 
-        dx: Tensor = blockwise(formula, dout, x)
-        return dx
+        if xhat is not None:
+            return formula(dout, xhat, dweight)
+        slope = rstd * dweight  # xhat dweight = (x - mean) slope
+        return blockwise(lambda dout, x: formula(dout, x - column(mean), slope), dout, x)
 
     def _normalize(self, x: Tensor, k: float) -> tuple[Tensor, Tensor, Tensor]:
         """Out, mean and rstd from the batch's statistics, with k = m/n; in training, update the running ones.
@@ -166,9 +170,9 @@ class BatchNorm1d(BatchNorm):
                batch, which move running_mean and running_var along; in evaluation with these
     Shapes:    x (N, C) or (N, C, L), or (..., C) if `channels_last`; weight, bias, running_mean, running_var (C,);
                out like x
-    Backward:  derived at BatchNorm: with diff = x - mean, rstd = 1/sqrt(var + eps) and scale = rstd weight,
-               dbias = sum dout,  dweight = rstd sum dout diff,  and in training, with n values per channel,
-               dx = scale (dout - (dbias + diff rstd dweight)/n);  in evaluation dx = scale dout
+    Backward:  derived at BatchNorm: dbias = sum dout,  dweight = sum dout xhat,  and with
+               scale = weight/sqrt(var + eps), in training, with n values per channel,
+               dx = scale (dout - (dbias + xhat dweight)/n);  in evaluation dx = scale dout
     Recorded:  x, mean, rstd, weight
     Raises:    ArgumentError; ShapeError, also for a batch of one value per channel in training; DtypeError; StateError.
     Source:    Ioffe and Szegedy 2015, arXiv:1502.03167. With `unbiased`, the form of makemore lecture 4: var and dx
@@ -192,9 +196,9 @@ class BatchNorm2d(BatchNorm):
     Forward:   xhat = (x - mean) / sqrt(var + eps),  out = xhat weight + bias;  in training with mean and var of the
                batch, which move running_mean and running_var along; in evaluation with these
     Shapes:    x (N, C, H, W), or (..., C) if `channels_last`; weight, bias, running_mean, running_var (C,); out like x
-    Backward:  derived at BatchNorm: with diff = x - mean, rstd = 1/sqrt(var + eps) and scale = rstd weight,
-               dbias = sum dout,  dweight = rstd sum dout diff,  and in training, with n = N H W,
-               dx = scale (dout - (dbias + diff rstd dweight)/n);  in evaluation dx = scale dout
+    Backward:  derived at BatchNorm: dbias = sum dout,  dweight = sum dout xhat,  and with
+               scale = weight/sqrt(var + eps), in training, with n = N H W,
+               dx = scale (dout - (dbias + xhat dweight)/n);  in evaluation dx = scale dout
     Recorded:  x, mean, rstd, weight
     Raises:    ArgumentError; ShapeError, also for a batch of one value per channel in training; DtypeError; StateError.
     Source:    as BatchNorm1d

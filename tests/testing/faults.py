@@ -111,12 +111,12 @@ faults(
 )  # fmt: skip
 faults(
     hg.BatchNorm1d,
-    ("the path through the mean forgotten", "column(dbias), diff", "column(0 * dbias), diff"),
-    ("the path through the variance forgotten", "column(rstd * dweight)", "column(0 * dweight)"),
+    ("the path through the mean forgotten", "column(dbias), xhat", "column(0 * dbias), xhat"),
+    ("the path through the variance forgotten", "column(dweight)", "column(0 * dweight)"),
     ("statistics taken for constants", "if m is None:", "if True:"),
     ("n - 1 where n belongs", "value=n / max(m, 1)", "value=n / max(n - 1, 1)"),
-    ("weight squared in the variance's path", "column(rstd * dweight)",
-     "column(rstd * dweight * (1 if weight is None else weight))"),
+    ("weight squared in the variance's path", "column(dweight)",
+     "column(dweight * (1 if weight is None else weight))"),
     ("dweight of x - mean, not of xhat", "self.add_grad(weight, dweight)", "self.add_grad(weight, dweight / rstd)"),
     ("dbias averaged", "self.add_grad(self.bias, dbias)",
      "self.add_grad(self.bias, dbias / max(x.numel() // self.num_features, 1))"),
@@ -606,8 +606,8 @@ faults(
 
 faults(
     hg.BatchNorm2d,
-    ("the path through the mean forgotten", "column(dbias), diff", "column(0 * dbias), diff"),
-    ("the path through the variance forgotten", "column(rstd * dweight)", "column(0 * dweight)"),
+    ("the path through the mean forgotten", "column(dbias), xhat", "column(0 * dbias), xhat"),
+    ("the path through the variance forgotten", "column(dweight)", "column(0 * dweight)"),
     ("statistics taken for constants", "if m is None:", "if True:"),
     ("n without the positions", "n = max(x.numel() // self.num_features, 1)", "n = max(len(x), 1)"),
     ("weight forgotten in dx: right for weight 1", "rstd if weight is None else rstd * weight", "rstd"),
