@@ -24,10 +24,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import profiler  # _is_profiler_enabled: of any thread; there is no public question
 from torch.optim import optimizer as torch_optimizer
 
 from handgrad.errors import ArgumentError
+from handgrad.tracked import any_tracked, profiling
 
 
 class SGD(torch.optim.Optimizer):
@@ -87,7 +87,7 @@ class SGD(torch.optim.Optimizer):
         What torch.optim wraps round a step, its hooks and a range for the profiler, costs as much as the update of a
         small model. So it is there only where somebody looks. (An override has torch's own wrapper.)
         """
-        if type(self).step is SGD.step and (hooked(self) or profiler._is_profiler_enabled):
+        if type(self).step is SGD.step and (hooked(self) or profiling()):
             return self._step_seen(closure)
         return self._step(closure)
 
@@ -95,7 +95,7 @@ class SGD(torch.optim.Optimizer):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Set every gradient to None, or with set_to_none=False to zero."""
-        if not set_to_none or profiler._is_profiler_enabled:
+        if not set_to_none or profiling():
             super().zero_grad(set_to_none)
             return
         for group in self.param_groups:
@@ -113,8 +113,7 @@ class SGD(torch.optim.Optimizer):
                 if (grad := p.grad) is not None:
                     params.append(p)
                     grads.append(grad)
-            tracked = [p for p in params if p.requires_grad]
-            if tracked:  # which handgrad's never are; no_grad would cost a small model 4 % of its step
+            if any_tracked(params):  # handgrad's never are, and no_grad would cost a small model 4 % of its step
                 with torch.no_grad():
                     self._update(params, grads, group)
             elif params:

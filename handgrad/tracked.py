@@ -1,13 +1,14 @@
-"""Where tensors that autograd tracks are refused: the one place, beside bridges and oracles, that knows of them."""
+"""What the library knows of autograd, beside bridges and oracles: tensors that it tracks are refused; its profiler."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
 from torch import Tensor
+from torch.autograd import profiler
 
 from handgrad.errors import StateError
 
@@ -41,6 +42,16 @@ def refuse_tracked(layer: Any, out: Any) -> None:
         )
         problem += "layer by handgrad.to_torch"
     raise layer.error(StateError, "forward", problem)
+
+
+def any_tracked(tensors: Iterable[Tensor]) -> bool:
+    """Whether one of the tensors requires grad."""
+    return any([t.requires_grad for t in tensors])  # noqa: C419  # a list is faster
+
+
+def profiling() -> bool:
+    """Whether a profiler is on, in any thread. (The public question is of this thread alone.)"""
+    return profiler._is_profiler_enabled
 
 
 def _is_tracked(out: Any) -> bool:
