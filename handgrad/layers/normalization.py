@@ -68,16 +68,23 @@ class LayerNorm(Layer):
 
     def backward(self, dout: Tensor) -> Tensor:
         x, mean, rstd, weight = self.pop(dout)
-        gain, n = _flat(weight), math.prod(self.normalized_shape)
+        n = math.prod(self.normalized_shape)
+        if weight is None:
+            self._refuse_autocast("backward")  # products without a parameter
+        gain = in_float32(x.new_ones(n) if weight is None else weight.reshape(-1))
+        share = gain.unsqueeze(1) / n  # avg(dxhat) = dout @ share
 
-        def formula(dout: Tensor, x: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        def formula(
+            dout: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, dx: Tensor | None = None
+        ) -> tuple[Tensor, Tensor, Tensor]:
             # out = xhat weight + bias
-            xhat = (x - mean) * rstd
-            dweight, dbias = (dout * xhat).sum(0), dout.sum(0)
-            dxhat = dout * gain
-            # xhat = (x - mean) rstd
-            dx = rstd * (dxhat - _avg(dxhat) - xhat * _avg(dxhat * xhat))
-            return dx, dweight, dbias
+            xhat = (x - mean).mul_(rstd)
+            dout_xhat = dout * xhat
+            dweight, dbias = dout_xhat.sum(0), dout.sum(0)
+            # dxhat = dout weight,  xhat = (x - mean) rstd
+            through_mean = torch.addcmul(-(dout @ share), dout, gain)  # dxhat - avg(dxhat)
+            through_both = through_mean.addcmul_(xhat, dout_xhat @ share, value=-1)  # ... - xhat avg(dxhat xhat)
+            return torch.mul(through_both, rstd, out=dx), dweight, dbias
 
         # a row per sample
         dx, dweight, dbias = blockwise(
@@ -142,14 +149,14 @@ class RMSNorm(Layer):
         x, rstd, weight = self.pop(dout)
         gain, n = _flat(weight), math.prod(self.normalized_shape)
 
-        def formula(dout: Tensor, x: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
+        def formula(dout: Tensor, x: Tensor, rstd: Tensor, dx: Tensor | None = None) -> tuple[Tensor, Tensor]:
             # out = xhat weight
             xhat = x * rstd
             dweight = (dout * xhat).sum(0)
             dxhat = dout * gain
             # xhat = x rstd
-            dx = rstd * (dxhat - xhat * _avg(dxhat * xhat))
-            return dx, dweight
+            rest = dxhat.addcmul_(xhat, _avg(dxhat * xhat), value=-1)  # dxhat - xhat avg(dxhat xhat)
+            return torch.mul(rest, rstd, out=dx), dweight
 
         dx, dweight = blockwise(formula, dout.reshape(-1, n), x.reshape(-1, n), rstd.reshape(-1, 1))  # a row per sample
         if weight is not None:
