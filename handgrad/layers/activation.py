@@ -12,7 +12,7 @@ from torch.nn import functional
 from handgrad.arguments import integer, number
 from handgrad.errors import ArgumentError, ShapeError
 from handgrad.layer import Layer
-from handgrad.pieces import blockwise, exp, normal_cdf, precise, where_positive
+from handgrad.pieces import blockwise, exp, normal_cdf, normal_pdf, precise, where_positive
 
 
 class Tanh(Layer):
@@ -74,8 +74,8 @@ class Sigmoid(Layer):
 
         def formula(dout: Tensor, out: Tensor, dx: Tensor | None = None) -> Tensor:
             # out = 1/(1 + exp(-x))
-            slope = torch.addcmul(out, out, out, value=-1)  # out - out^2
-            return torch.mul(dout, slope, out=dx)
+            slope = torch.addcmul(out, out, out, value=-1, out=dx)  # out - out^2
+            return slope.mul_(dout)
 
         return blockwise(formula, dout, out)
 
@@ -145,8 +145,8 @@ class LeakyReLU(Layer):
 
         def formula(dout: Tensor, x: Tensor, dx: Tensor | None = None) -> Tensor:
             # out = x where x > 0, else negative_slope x
-            slope = functional.threshold(x.sign(), 0, self.negative_slope, inplace=True)  # 1 where x > 0
-            return torch.mul(dout, slope, out=dx)
+            slope = torch.threshold_(torch.sign(x, out=dx), 0, self.negative_slope)  # 1 where x > 0
+            return slope.mul_(dout)
 
         return blockwise(formula, dout, x)
 
@@ -180,9 +180,9 @@ class SiLU(Layer):
         def formula(dout: Tensor, x: Tensor, dx: Tensor | None = None) -> Tensor:
             # out = x s,  s = 1/(1 + exp(-x))
             s = torch.sigmoid(x)
-            x_rest = torch.addcmul(x, x, s, value=-1)  # x (1 - s)
-            slope = s.addcmul_(s, x_rest)  # s + s x (1 - s)
-            return torch.mul(dout, slope, out=dx)
+            x_rest = torch.addcmul(x, x, s, value=-1, out=dx)  # x (1 - s)
+            slope = torch.addcmul(s, s, x_rest, out=dx)  # s + s x (1 - s)
+            return slope.mul_(dout)
 
         return blockwise(formula, dout, x)
 
@@ -224,8 +224,8 @@ class GELU(Layer):
 
         def exact(dout: Tensor, x: Tensor, dx: Tensor | None = None) -> Tensor:
             # out = x Phi(x)
-            slope = normal_cdf(x).addcmul_(x, exp(x * x / -2), value=1 / math.sqrt(2 * math.pi))  # Phi + x phi
-            return torch.mul(dout, slope, out=dx)
+            slope = torch.addcmul(normal_cdf(x), x, normal_pdf(x), out=dx)  # Phi + x phi
+            return slope.mul_(dout)
 
         def approximate(dout: Tensor, x: Tensor, dx: Tensor | None = None) -> Tensor:
             # out = x s,  s = 1/(1 + exp(-v)),  v = w + a w x^2,  w = 2k x
@@ -235,8 +235,8 @@ class GELU(Layer):
             s = torch.sigmoid(v)
             xdv = w.lerp_(v, 3.0)  # x v' = w + 3 (v - w)
             xdv_rest = torch.addcmul(xdv, xdv, s, value=-1)  # x v' (1 - s)
-            slope = s.addcmul_(s, xdv_rest)  # s + s x v' (1 - s)
-            return torch.mul(dout, slope, out=dx)
+            slope = torch.addcmul(s, s, xdv_rest, out=dx)  # s + s x v' (1 - s)
+            return slope.mul_(dout)
 
         return blockwise(exact if self.approximate == "none" else approximate, dout, x)
 
@@ -277,8 +277,8 @@ class Softmax(Layer):
 
         def formula(dout: Tensor, out: Tensor, dx: Tensor | None = None) -> Tensor:
             # out_c = exp(x_c) / sum_k exp(x_k)
-            p = dout * out
-            return torch.addcmul(p, out, p.sum(self.dim, keepdim=True), value=-1, out=dx)  # p - out sum p
+            p = torch.mul(dout, out, out=dx)
+            return p.addcmul_(out, p.sum(self.dim, keepdim=True), value=-1)  # p - out sum p
 
         return _samplewise(formula, self.dim, dout, out)
 
@@ -314,8 +314,8 @@ class LogSoftmax(Layer):
 
         def formula(dout: Tensor, out: Tensor, dx: Tensor | None = None) -> Tensor:
             # out_c = x_c - log sum_k exp(x_k)
-            total = dout.sum(self.dim, keepdim=True)
-            return torch.addcmul(dout, exp(out), total, value=-1, out=dx)  # dout - exp(out) total
+            p, total = exp(out, out=dx), dout.sum(self.dim, keepdim=True)
+            return torch.addcmul(dout, p, total, value=-1, out=p)  # dout - exp(out) total
 
         return _samplewise(formula, self.dim, dout, out)
 

@@ -68,23 +68,21 @@ class LayerNorm(Layer):
 
     def backward(self, dout: Tensor) -> Tensor:
         x, mean, rstd, weight = self.pop(dout)
-        n = math.prod(self.normalized_shape)
-        if weight is None:
-            self._refuse_autocast("backward")  # products without a parameter
-        gain = in_float32(x.new_ones(n) if weight is None else weight.reshape(-1))
-        share = gain.unsqueeze(1) / n  # avg(dxhat) = dout @ share
+        gain, share, n = _gain_and_share(self, x, weight)
 
         def formula(
             dout: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, dx: Tensor | None = None
         ) -> tuple[Tensor, Tensor, Tensor]:
             # out = xhat weight + bias
-            xhat = (x - mean).mul_(rstd)
-            dout_xhat = dout * xhat
-            dweight, dbias = dout_xhat.sum(0), dout.sum(0)
-            # dxhat = dout weight,  xhat = (x - mean) rstd
-            through_mean = torch.addcmul(-(dout @ share), dout, gain)  # dxhat - avg(dxhat)
-            through_both = through_mean.addcmul_(xhat, dout_xhat @ share, value=-1)  # ... - xhat avg(dxhat xhat)
-            return torch.mul(through_both, rstd, out=dx), dweight, dbias
+            xhat = torch.sub(x, mean, out=dx).mul_(rstd)
+            product = dout * xhat
+            dweight, dbias = product.sum(0), dout.sum(0)
+            # dxhat = dout weight, hence avg(dxhat) and avg(dxhat xhat) are
+            avg, avg_xhat = dout @ share, product @ share
+            # xhat = (x - mean) rstd
+            centred = torch.mul(dout, gain, out=product).sub_(avg)  # dxhat - avg(dxhat)
+            rest = torch.addcmul(centred, xhat, avg_xhat, value=-1, out=xhat)  # and - xhat avg(dxhat xhat)
+            return rest.mul_(rstd), dweight, dbias
 
         # a row per sample
         dx, dweight, dbias = blockwise(
@@ -147,16 +145,19 @@ class RMSNorm(Layer):
 
     def backward(self, dout: Tensor) -> Tensor:
         x, rstd, weight = self.pop(dout)
-        gain, n = _flat(weight), math.prod(self.normalized_shape)
+        gain, share, n = _gain_and_share(self, x, weight)
 
         def formula(dout: Tensor, x: Tensor, rstd: Tensor, dx: Tensor | None = None) -> tuple[Tensor, Tensor]:
             # out = xhat weight
-            xhat = x * rstd
-            dweight = (dout * xhat).sum(0)
-            dxhat = dout * gain
+            xhat = torch.mul(x, rstd, out=dx)
+            product = dout * xhat
+            dweight = product.sum(0)
+            # dxhat = dout weight, hence avg(dxhat xhat) is
+            avg_xhat = product @ share
             # xhat = x rstd
-            rest = dxhat.addcmul_(xhat, _avg(dxhat * xhat), value=-1)  # dxhat - xhat avg(dxhat xhat)
-            return torch.mul(rest, rstd, out=dx), dweight
+            dxhat = torch.mul(dout, gain, out=product)
+            rest = torch.addcmul(dxhat, xhat, avg_xhat, value=-1, out=xhat)  # dxhat - xhat avg(dxhat xhat)
+            return rest.mul_(rstd), dweight
 
         dx, dweight = blockwise(formula, dout.reshape(-1, n), x.reshape(-1, n), rstd.reshape(-1, 1))  # a row per sample
         if weight is not None:
@@ -256,9 +257,13 @@ def _check(layer: Layer, x: Tensor, shape: tuple[int, ...], weight: Tensor | Non
         raise layer.error(ShapeError, "forward", f"{last} of x must be {wanted}, got shape {tuple(x.shape)}")
 
 
-def _flat(weight: Tensor | None) -> Tensor | float:
-    """Weight as a row; 1 where there is none."""
-    return 1.0 if weight is None else weight.reshape(-1)
+def _gain_and_share(layer: LayerNorm | RMSNorm, x: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor, int]:
+    """Weight as a row, ones where there is none; weight/n as a column, avg(v weight) = v @ share; and n."""
+    if weight is None:
+        layer._refuse_autocast("backward")  # products without a parameter
+    gain = in_float32(x.new_ones(layer.normalized_shape) if weight is None else weight).reshape(-1)
+    n = len(gain)
+    return gain, gain.unsqueeze(1) / n, n
 
 
 def _avg(x: Tensor, dims: int | tuple[int, ...] = 1) -> Tensor:
