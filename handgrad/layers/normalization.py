@@ -68,7 +68,9 @@ class LayerNorm(Layer):
 
     def backward(self, dout: Tensor) -> Tensor:
         x, mean, rstd, weight = self.pop(dout)
-        gain, share, n = _gain_and_share(self, x, weight)
+        n = math.prod(self.normalized_shape)
+        gain = _gain(self, x, weight)
+        column = gain.unsqueeze(1)
 
         def formula(
             dout: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, dx: Tensor | None = None
@@ -77,11 +79,11 @@ class LayerNorm(Layer):
             xhat = torch.sub(x, mean, out=dx).mul_(rstd)
             product = dout * xhat
             dweight, dbias = product.sum(0), dout.sum(0)
-            # dxhat = dout weight, hence avg(dxhat) and avg(dxhat xhat) are
-            avg, avg_xhat = dout @ share, product @ share
+            # dxhat = dout weight, hence n avg(dxhat) and n avg(dxhat xhat) are
+            total, total_xhat = dout @ column, product @ column
             # xhat = (x - mean) rstd
-            centred = torch.mul(dout, gain, out=product).sub_(avg)  # dxhat - avg(dxhat)
-            rest = torch.addcmul(centred, xhat, avg_xhat, value=-1, out=xhat)  # and - xhat avg(dxhat xhat)
+            centred = torch.mul(dout, gain, out=product).sub_(total, alpha=1 / n)  # dxhat - avg(dxhat)
+            rest = torch.addcmul(centred, xhat, total_xhat, value=-1 / n, out=xhat)  # - xhat avg(dxhat xhat)
             return rest.mul_(rstd), dweight, dbias
 
         # a row per sample
@@ -145,18 +147,20 @@ class RMSNorm(Layer):
 
     def backward(self, dout: Tensor) -> Tensor:
         x, rstd, weight = self.pop(dout)
-        gain, share, n = _gain_and_share(self, x, weight)
+        n = math.prod(self.normalized_shape)
+        gain = _gain(self, x, weight)
+        column = gain.unsqueeze(1)
 
         def formula(dout: Tensor, x: Tensor, rstd: Tensor, dx: Tensor | None = None) -> tuple[Tensor, Tensor]:
             # out = xhat weight
             xhat = torch.mul(x, rstd, out=dx)
             product = dout * xhat
             dweight = product.sum(0)
-            # dxhat = dout weight, hence avg(dxhat xhat) is
-            avg_xhat = product @ share
+            # dxhat = dout weight, hence n avg(dxhat xhat) is
+            total_xhat = product @ column
             # xhat = x rstd
             dxhat = torch.mul(dout, gain, out=product)
-            rest = torch.addcmul(dxhat, xhat, avg_xhat, value=-1, out=xhat)  # dxhat - xhat avg(dxhat xhat)
+            rest = torch.addcmul(dxhat, xhat, total_xhat, value=-1 / n, out=xhat)  # dxhat - xhat avg(dxhat xhat)
             return rest.mul_(rstd), dweight
 
         dx, dweight = blockwise(formula, dout.reshape(-1, n), x.reshape(-1, n), rstd.reshape(-1, 1))  # a row per sample
@@ -257,13 +261,12 @@ def _check(layer: Layer, x: Tensor, shape: tuple[int, ...], weight: Tensor | Non
         raise layer.error(ShapeError, "forward", f"{last} of x must be {wanted}, got shape {tuple(x.shape)}")
 
 
-def _gain_and_share(layer: LayerNorm | RMSNorm, x: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor, int]:
-    """Weight as a row, ones where there is none; weight/n as a column, avg(v weight) = v @ share; and n."""
+def _gain(layer: LayerNorm | RMSNorm, x: Tensor, weight: Tensor | None) -> Tensor:
+    """Weight as a row, of ones where there is none, in what the formulas are computed in."""
     if weight is None:
-        layer._refuse_autocast("backward")  # products without a parameter
-    gain = in_float32(x.new_ones(layer.normalized_shape) if weight is None else weight).reshape(-1)
-    n = len(gain)
-    return gain, gain.unsqueeze(1) / n, n
+        layer._refuse_autocast("backward")  # for products without a parameter
+        return in_float32(x.new_ones(math.prod(layer.normalized_shape)))
+    return in_float32(weight).reshape(-1)
 
 
 def _avg(x: Tensor, dims: int | tuple[int, ...] = 1) -> Tensor:
