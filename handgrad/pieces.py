@@ -86,14 +86,15 @@ def blockwise(formula: Callable[..., R], *tensors: Tensor) -> R:
         return precise(formula, *tensors) if half else formula(*tensors)
     length = len(first)
     step = max(1, PIECE * length // count)
-    written = not half and "dx" in signature(formula).parameters
-    joined: Any = first.new_empty(first.shape) if written else None
+    takes_dx = not half and "dx" in signature(formula).parameters
+    joined: Any = first.new_empty(first.shape) if takes_dx else None
     sums: list[Any] = []
     for i, piece in enumerate(zip(*[torch.split(t, step) for t in tensors])):
         here = slice(i * step, (i + 1) * step)
-        result: Any = formula(*piece, dx=joined[here]) if written else precise(formula, *piece)
+        dx = joined[here] if takes_dx else None
+        result: Any = formula(*piece, dx=dx) if takes_dx else precise(formula, *piece)
         rows, *parts = result if isinstance(result, tuple) else (result,)
-        if rows is not None and not written:
+        if rows is not None and rows is not dx:
             joined = rows.new_empty(length, *rows.shape[1:]) if joined is None else joined
             joined[here] = rows  # while the cache still holds them
         sums.append(parts)

@@ -170,8 +170,8 @@ class Conv1d(Convolution):
 
         t = u + p - d k, so with k' = K - 1 - k in k's place dx[c, u] = sum weight[o, c, k] dout[o, u + d k' - padding].
         """
-        turned = weight.flip([d for d in range(2, weight.dim())])
-        turned = turned.unflatten(0, (self.groups, -1)).transpose(1, 2).flatten(0, 1)  # (C_in, C_out/G, *K)
+        turned = weight.flip(list(range(2, weight.dim())))
+        turned = torch.unflatten(turned, 0, (self.groups, -1)).transpose(1, 2).flatten(0, 1)  # (C_in, C_out/G, *K)
         return self.conv(dout, turned, None, 1, padding, self.dilation, self.groups)
 
     def _check(self, x: Tensor) -> None:
