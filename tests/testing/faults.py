@@ -623,12 +623,12 @@ faults(
 )  # fmt: skip
 faults(
     hg.BCEWithLogits,
-    ("the sign", "(dlosses * dx)", "(-dlosses * dx)"),
+    ("the sign", "mul_(dlosses)", "mul_(-dlosses)"),
     ("pos_weight forgotten", "a = self._slope(target)", "a = None"),
     ("weight forgotten", "if weight is not None:", "if False:"),
     ("divided by the rows alone", "max(x.numel(), 1)", "max(len(x) if x.dim() else 1, 1)"),
     ("dout forgotten", "self.dlosses(dout,", "self.dlosses(None,"),
-    ("sigmoid's slope once more", "(dlosses * dx)", "(torch.sigmoid(x) * dlosses * dx)"),
+    ("sigmoid's slope once more", "mul_(dlosses)", "mul_(torch.sigmoid(x) * dlosses)"),
 )
 faults(
     hg.LinearCrossEntropy,
