@@ -98,6 +98,7 @@ class Conv1d(Convolution):
                L_out = floor((L + 2p - d (K - 1) - 1)/s) + 1. padding="same" keeps L (s = 1; the odd zero goes last).
     Backward:  out[n, o, t] reads x[n, c, u] with u = s t + d k - p, so each dout goes back there with the same weight:
                dx[n, c, u] = sum_{o, k, t: s t + d k - p = u} weight[o, c, k] dout[n, o, t]: the transposed convolution
+               for s = 1, t = u + p - d k: the convolution of dout with the kernel turned round, c and o exchanged
                dweight[o, c, k] = sum_{n, t} dout[n, o, t] x[n, c, s t + d k - p]: again a convolution of x, with dout
                as its kernel, the batch in the channels' place, and stride and dilation exchanged
                dbias[o] = sum_{n, t} dout[n, o, t]

@@ -26,6 +26,7 @@ class LayerNorm(Layer):
                dmean = -rstd n avg(dxhat)           (the way through var adds nothing: sum (x - mean) = 0)
                dx    = dxhat rstd + dvar 2 (x - mean)/n + dmean/n
                      = rstd (dxhat - avg(dxhat) - xhat avg(dxhat xhat))
+               n avg(v weight), with rows v, is the product of v and weight, which spares the tensor v weight
     Recorded:  x, mean, rstd, weight
     Raises:    ArgumentError; ShapeError where x does not end in normalized_shape; DtypeError; StateError.
     Source:    Ba, Kiros and Hinton 2016, arXiv:1607.06450
@@ -79,7 +80,7 @@ class LayerNorm(Layer):
             xhat = torch.sub(x, mean, out=dx).mul_(rstd)
             product = dout * xhat
             dweight, dbias = product.sum(0), dout.sum(0)
-            # dxhat = dout weight, hence n avg(dxhat) and n avg(dxhat xhat) are
+            # dxhat = dout weight:  n avg(dxhat) and n avg(dxhat xhat)
             total, total_xhat = dout @ column, product @ column
             # xhat = (x - mean) rstd
             centred = torch.mul(dout, gain, out=product).sub_(total, alpha=1 / n)  # dxhat - avg(dxhat)
@@ -156,7 +157,7 @@ class RMSNorm(Layer):
             xhat = torch.mul(x, rstd, out=dx)
             product = dout * xhat
             dweight = product.sum(0)
-            # dxhat = dout weight, hence n avg(dxhat xhat) is
+            # dxhat = dout weight:  n avg(dxhat xhat)
             total_xhat = product @ column
             # xhat = x rstd
             dxhat = torch.mul(dout, gain, out=product)
