@@ -264,10 +264,8 @@ def _check(layer: Layer, x: Tensor, shape: tuple[int, ...], weight: Tensor | Non
 
 def _gain(layer: LayerNorm | RMSNorm, x: Tensor, weight: Tensor | None) -> Tensor:
     """Weight as a row, of ones where there is none, in what the formulas are computed in."""
-    if weight is None:
-        layer._refuse_autocast("backward")  # for products without a parameter
-        return in_float32(x.new_ones(math.prod(layer.normalized_shape)))
-    return in_float32(weight).reshape(-1)
+    layer._refuse_autocast("backward")  # it would round the products with the row, and nothing would show it
+    return in_float32(x.new_ones(layer.normalized_shape) if weight is None else weight).reshape(-1)
 
 
 def _avg(x: Tensor, dims: int | tuple[int, ...] = 1) -> Tensor:
