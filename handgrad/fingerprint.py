@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from operator import eq
+from operator import attrgetter, eq
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from handgrad.layer import Layer
+
+
+QUESTIONS = (Tensor.data_ptr, Tensor.stride, Tensor.size, attrgetter("dtype"))
+"""Where a tensor lies, and what it is like."""
 
 
 class Fingerprint:
@@ -41,7 +45,8 @@ class Fingerprint:
         self._note(optimizer.state, seen)
         self._options = [name for name in optimizer.defaults if name not in scheduled]
         self._groups = self._of_groups()
-        self._state, self._specs = state, list(map(spec_of, state))
+        self._state = state
+        self._specs = [list(map(question, state)) for question in QUESTIONS]
 
     def fits(self) -> bool:
         """Whether all is as it was."""
@@ -49,7 +54,9 @@ class Fingerprint:
             return (
                 all(map(eq, self._owners, self._copies))
                 and all([owner[name] is value for owner, name, value in self._held])  # noqa: C419  # a list is faster
-                and list(map(spec_of, self._state)) == self._specs
+                and all(
+                    list(map(question, self._state)) == answers for question, answers in zip(QUESTIONS, self._specs)
+                )
                 and self._of_groups() == self._groups
             )
         except (LookupError, RuntimeError, ValueError):  # it is gone; or a tensor stands beside another one
@@ -86,8 +93,3 @@ def _parts(value: Any) -> list[Any]:
 def _attributes(value: Any) -> dict[str, Any] | None:
     found = getattr(value, "__dict__", None)
     return found if isinstance(found, dict) and not isinstance(value, (Layer, Tensor)) else None
-
-
-def spec_of(t: Tensor) -> tuple[Any, ...]:
-    """Where a tensor lies, and what it is like."""
-    return t.data_ptr(), t.dtype, t.shape, t.stride()

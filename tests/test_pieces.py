@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
 from handgrad import pieces
-from handgrad.pieces import blockwise, eager_on_cpu, exp, is_whole, precise, where_positive
+from handgrad.pieces import blockwise, eager_on_cpu, exp, is_whole, normal_cdf, normal_pdf, precise, where_positive
 
 
 @pytest.fixture
@@ -60,6 +62,35 @@ def test_sums_may_come_without_rows(small_pieces):
     torch.testing.assert_close(sums, x.sum(0))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_formula_may_write_its_rows_where_they_belong(small_pieces, dtype):
+    """In half precision it computes in float32, and gets no place."""
+    x, places = torch.randn(8, 3).to(dtype), []
+
+    def formula(x, dx=None):
+        places.append(dx)
+        return torch.mul(x, 2, out=dx), x.sum(0)
+
+    rows, sums = blockwise(formula, x)
+    assert torch.equal(rows, 2 * x)
+    torch.testing.assert_close(sums, x.float().sum(0))
+    assert rows.dtype is dtype
+    assert rows.is_contiguous()
+    assert len(places) == 8
+    for i, place in enumerate(places):
+        assert place is None if dtype is torch.float16 else place.data_ptr() == rows[i].data_ptr()
+
+
+def test_rows_that_are_elsewhere_are_copied_to_their_place(small_pieces):
+    x = torch.randn(8, 3)
+    assert torch.equal(blockwise(lambda x, dx=None: 2 * x, x), 2 * x)
+
+
+def test_the_place_is_none_where_the_tensor_is_whole():
+    x = torch.randn(8, 3)
+    assert blockwise(lambda x, dx=None: dx, x) is None
+
+
 def test_a_small_tensor_comes_whole():
     x = torch.randn(8, 3)
     assert blockwise(lambda rows: rows, x) is x
@@ -72,6 +103,21 @@ def test_exp_of_many_numbers_is_exp(dtype):
     relative = (exp(x) / torch.exp(x.double()).to(dtype) - 1).abs()
     assert bool((relative <= 4 * eps * (1 + x.abs())).all())
     assert torch.equal(exp(x[:5]), torch.exp(x[:5]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_normal_distribution_of_many_numbers_is_that_of_few(dtype):
+    """By gelu(x)/x, which is 0/0 at 0 and has no digits where x has none."""
+    special = torch.tensor([0.0, -0.0, 1e-30, -1e-30, 2e-30, torch.finfo(dtype).tiny, -5e-324, 1e4, -1e4, 1e30, -1e30])
+    x = torch.cat([special.to(dtype), torch.tensor([5e-324, 1e-45, -1e-45], dtype=dtype)])
+    x = torch.cat([x, torch.linspace(-40, 40, pieces.FEW, dtype=dtype)])
+    eps = torch.finfo(dtype).eps
+    assert len(x) >= pieces.FEW
+    expected = torch.special.ndtr(x.double())
+    assert bool(((normal_cdf(x) - expected).abs() <= 4 * eps).all())
+    assert bool(((normal_cdf(x[:20]) - expected[:20]).abs() <= eps).all())
+    expected = torch.exp(x.double() ** 2 / -2) / math.sqrt(2 * math.pi)
+    assert bool(((normal_pdf(x) - expected).abs() <= 4 * eps * (1 + x.double() ** 2) * expected + 1e-37).all())
 
 
 @pytest.mark.parametrize("count", [3, 8])

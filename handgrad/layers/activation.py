@@ -12,7 +12,7 @@ from torch.nn import functional
 from handgrad.arguments import integer, number
 from handgrad.errors import ArgumentError, ShapeError
 from handgrad.layer import Layer
-from handgrad.pieces import blockwise, exp, precise, where_positive
+from handgrad.pieces import blockwise, exp, normal_cdf, normal_pdf, precise, where_positive
 
 
 class Tanh(Layer):
@@ -72,9 +72,10 @@ class Sigmoid(Layer):
     def backward(self, dout: Tensor) -> Tensor:
         (out,) = self.pop(dout)
 
-        def formula(dout: Tensor, out: Tensor) -> Tensor:
+        def formula(dout: Tensor, out: Tensor, dx: Tensor | None = None) -> Tensor:
             # out = 1/(1 + exp(-x))
-            return dout * torch.addcmul(out, out, out, value=-1)  # dout (out - out^2)
+            slope = torch.addcmul(out, out, out, value=-1, out=dx)  # out - out^2
+            return slope.mul_(dout)
 
         return blockwise(formula, dout, out)
 
@@ -142,9 +143,10 @@ class LeakyReLU(Layer):
     def backward(self, dout: Tensor) -> Tensor:
         (x,) = self.pop(dout)
 
-        def formula(dout: Tensor, x: Tensor) -> Tensor:
+        def formula(dout: Tensor, x: Tensor, dx: Tensor | None = None) -> Tensor:
             # out = x where x > 0, else negative_slope x
-            return dout * functional.threshold(x.sign(), 0, self.negative_slope)  # 1 where x > 0, else the slope
+            slope = torch.threshold_(torch.sign(x, out=dx), 0, self.negative_slope)  # 1 where x > 0
+            return slope.mul_(dout)
 
         return blockwise(formula, dout, x)
 
@@ -175,11 +177,12 @@ class SiLU(Layer):
     def backward(self, dout: Tensor) -> Tensor:
         (x,) = self.pop(dout)
 
-        def formula(dout: Tensor, x: Tensor) -> Tensor:
+        def formula(dout: Tensor, x: Tensor, dx: Tensor | None = None) -> Tensor:
             # out = x s,  s = 1/(1 + exp(-x))
             s = torch.sigmoid(x)
-            x_rest = torch.addcmul(x, x, s, value=-1)  # x (1 - s)
-            return dout * torch.addcmul(s, s, x_rest)  # dout (s + s x (1 - s))
+            x_rest = torch.addcmul(x, x, s, value=-1, out=dx)  # x (1 - s)
+            slope = torch.addcmul(s, s, x_rest, out=dx)  # s + s x (1 - s)
+            return slope.mul_(dout)
 
         return blockwise(formula, dout, x)
 
@@ -219,21 +222,21 @@ class GELU(Layer):
     def backward(self, dout: Tensor) -> Tensor:
         (x,) = self.pop(dout)
 
-        def exact(dout: Tensor, x: Tensor) -> Tensor:
+        def exact(dout: Tensor, x: Tensor, dx: Tensor | None = None) -> Tensor:
             # out = x Phi(x)
-            Phi = (1 + torch.erf(x * math.sqrt(1 / 2))) / 2
-            phi = exp(x * x / -2) / math.sqrt(2 * math.pi)
-            return dout * torch.addcmul(Phi, x, phi)  # dout (Phi + x phi)
+            slope = torch.addcmul(normal_cdf(x), x, normal_pdf(x), out=dx)  # Phi + x phi
+            return slope.mul_(dout)
 
-        def approximate(dout: Tensor, x: Tensor) -> Tensor:
+        def approximate(dout: Tensor, x: Tensor, dx: Tensor | None = None) -> Tensor:
             # out = x s,  s = 1/(1 + exp(-v)),  v = w + a w x^2,  w = 2k x
             x = x.clamp(-100, 100)  # beyond, s is 1 or 0; and x^2 is finite
             w = x * (2 * math.sqrt(2 / math.pi))
             v = torch.addcmul(w, w, x * x, value=0.044715)
             s = torch.sigmoid(v)
-            xdv = torch.lerp(w, v, 3.0)  # x v' = w + 3 (v - w)
+            xdv = w.lerp_(v, 3.0)  # x v' = w + 3 (v - w)
             xdv_rest = torch.addcmul(xdv, xdv, s, value=-1)  # x v' (1 - s)
-            return dout * torch.addcmul(s, s, xdv_rest)  # dout (s + s x v' (1 - s))
+            slope = torch.addcmul(s, s, xdv_rest, out=dx)  # s + s x v' (1 - s)
+            return slope.mul_(dout)
 
         return blockwise(exact if self.approximate == "none" else approximate, dout, x)
 
@@ -244,7 +247,7 @@ class Softmax(Layer):
     Forward:   out_c = exp(x_c) / sum_k exp(x_k)
     Shapes:    any; out like x
     Backward:  d out_c / d x_k = out_c ([c = k] - out_k), hence
-               dx_k = sum_c dout_c out_c ([c = k] - out_k) = out_k (dout_k - sum_c dout_c out_c)
+               dx_k = sum_c dout_c out_c ([c = k] - out_k) = p_k - out_k sum_c p_c  with p = dout out
     Recorded:  out. Changing out in place before the backward is a StateError.
     Raises:    ArgumentError; ShapeError where x does not have the dimension; DtypeError; StateError.
 
@@ -272,9 +275,10 @@ class Softmax(Layer):
     def backward(self, dout: Tensor) -> Tensor:
         (out,) = self.pop(dout)
 
-        def formula(dout: Tensor, out: Tensor) -> Tensor:
+        def formula(dout: Tensor, out: Tensor, dx: Tensor | None = None) -> Tensor:
             # out_c = exp(x_c) / sum_k exp(x_k)
-            return out * (dout - (dout * out).sum(self.dim, keepdim=True))
+            p = torch.mul(dout, out, out=dx)
+            return p.addcmul_(out, p.sum(self.dim, keepdim=True), value=-1)  # p - out sum p
 
         return _samplewise(formula, self.dim, dout, out)
 
@@ -308,9 +312,10 @@ class LogSoftmax(Layer):
     def backward(self, dout: Tensor) -> Tensor:
         (out,) = self.pop(dout)
 
-        def formula(dout: Tensor, out: Tensor) -> Tensor:
+        def formula(dout: Tensor, out: Tensor, dx: Tensor | None = None) -> Tensor:
             # out_c = x_c - log sum_k exp(x_k)
-            return dout - exp(out) * dout.sum(self.dim, keepdim=True)
+            p, total = exp(out, out=dx), dout.sum(self.dim, keepdim=True)
+            return torch.addcmul(dout, p, total, value=-1, out=p)  # dout - exp(out) total
 
         return _samplewise(formula, self.dim, dout, out)
 

@@ -98,6 +98,7 @@ class Conv1d(Convolution):
                L_out = floor((L + 2p - d (K - 1) - 1)/s) + 1. padding="same" keeps L (s = 1; the odd zero goes last).
     Backward:  out[n, o, t] reads x[n, c, u] with u = s t + d k - p, so each dout goes back there with the same weight:
                dx[n, c, u] = sum_{o, k, t: s t + d k - p = u} weight[o, c, k] dout[n, o, t]: the transposed convolution
+               for s = 1, t = u + p - d k: the convolution of dout with the kernel turned round, c and o exchanged
                dweight[o, c, k] = sum_{n, t} dout[n, o, t] x[n, c, s t + d k - p]: again a convolution of x, with dout
                as its kernel, the batch in the channels' place, and stride and dilation exchanged
                dbias[o] = sum_{n, t} dout[n, o, t]
@@ -152,14 +153,27 @@ class Conv1d(Convolution):
             self.add_grad(self.bias, self._dbias(dout))
         if not need_dx:
             return None
+        beyond = [d * (k - 1) - p for k, p, d in zip(self.kernel_size, self.padding, self.dilation)]
+        by_steps_of_1 = all(s == 1 for s in self.stride) and min(beyond) >= 0
+        dx = self._dx_by_conv(dout, weight, beyond) if by_steps_of_1 else self._dx(dout, weight, x.shape)
+        return functional.pad(dx, [-n for n in self.extra]) if self.extra else dx
+
+    def _dx(self, dout: Tensor, weight: Tensor, shape: torch.Size) -> Tensor:
+        """The transposed convolution."""
         rest = [  # what the stride left unread at the end of x
             (size + 2 * p - d * (k - 1) - 1) % s
-            for size, k, s, p, d in zip(
-                x.shape[-self.dims :], self.kernel_size, self.stride, self.padding, self.dilation
-            )
+            for size, k, s, p, d in zip(shape[-self.dims :], self.kernel_size, self.stride, self.padding, self.dilation)
         ]
-        dx = self.conv_transpose(dout, weight, None, self.stride, self.padding, rest, self.groups, self.dilation)
-        return functional.pad(dx, [-n for n in self.extra]) if self.extra else dx
+        return self.conv_transpose(dout, weight, None, self.stride, self.padding, rest, self.groups, self.dilation)
+
+    def _dx_by_conv(self, dout: Tensor, weight: Tensor, padding: list[int]) -> Tensor:
+        """The same for s = 1, which torch computes faster so: a convolution of dout, padded by d (K - 1) - p.
+
+        t = u + p - d k, so with k' = K - 1 - k in k's place dx[c, u] = sum weight[o, c, k] dout[o, u + d k' - padding].
+        """
+        turned = weight.flip(list(range(2, weight.dim())))
+        turned = torch.unflatten(turned, 0, (self.groups, -1)).transpose(1, 2).flatten(0, 1)  # (C_in, C_out/G, *K)
+        return self.conv(dout, turned, None, 1, padding, self.dilation, self.groups)
 
     def _check(self, x: Tensor) -> None:
         self._check_form(x)

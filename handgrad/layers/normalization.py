@@ -26,6 +26,7 @@ class LayerNorm(Layer):
                dmean = -rstd n avg(dxhat)           (the way through var adds nothing: sum (x - mean) = 0)
                dx    = dxhat rstd + dvar 2 (x - mean)/n + dmean/n
                      = rstd (dxhat - avg(dxhat) - xhat avg(dxhat xhat))
+               n avg(v weight), with rows v, is the product of v and weight, which spares the tensor v weight
     Recorded:  x, mean, rstd, weight
     Raises:    ArgumentError; ShapeError where x does not end in normalized_shape; DtypeError; StateError.
     Source:    Ba, Kiros and Hinton 2016, arXiv:1607.06450
@@ -68,16 +69,23 @@ class LayerNorm(Layer):
 
     def backward(self, dout: Tensor) -> Tensor:
         x, mean, rstd, weight = self.pop(dout)
-        gain, n = _flat(weight), math.prod(self.normalized_shape)
+        n = math.prod(self.normalized_shape)
+        gain = _gain(self, x, weight)
+        column = gain.unsqueeze(1)
 
-        def formula(dout: Tensor, x: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        def formula(
+            dout: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, dx: Tensor | None = None
+        ) -> tuple[Tensor, Tensor, Tensor]:
             # out = xhat weight + bias
-            xhat = (x - mean) * rstd
-            dweight, dbias = (dout * xhat).sum(0), dout.sum(0)
-            dxhat = dout * gain
+            xhat = torch.sub(x, mean, out=dx).mul_(rstd)
+            product = dout * xhat
+            dweight, dbias = product.sum(0), dout.sum(0)
+            # dxhat = dout weight:  n avg(dxhat) and n avg(dxhat xhat)
+            total, total_xhat = dout @ column, product @ column
             # xhat = (x - mean) rstd
-            dx = rstd * (dxhat - _avg(dxhat) - xhat * _avg(dxhat * xhat))
-            return dx, dweight, dbias
+            centred = torch.mul(dout, gain, out=product).sub_(total, alpha=1 / n)  # dxhat - avg(dxhat)
+            rest = torch.addcmul(centred, xhat, total_xhat, value=-1 / n, out=xhat)  # - xhat avg(dxhat xhat)
+            return rest.mul_(rstd), dweight, dbias
 
         # a row per sample
         dx, dweight, dbias = blockwise(
@@ -140,16 +148,21 @@ class RMSNorm(Layer):
 
     def backward(self, dout: Tensor) -> Tensor:
         x, rstd, weight = self.pop(dout)
-        gain, n = _flat(weight), math.prod(self.normalized_shape)
+        n = math.prod(self.normalized_shape)
+        gain = _gain(self, x, weight)
+        column = gain.unsqueeze(1)
 
-        def formula(dout: Tensor, x: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
+        def formula(dout: Tensor, x: Tensor, rstd: Tensor, dx: Tensor | None = None) -> tuple[Tensor, Tensor]:
             # out = xhat weight
-            xhat = x * rstd
-            dweight = (dout * xhat).sum(0)
-            dxhat = dout * gain
+            xhat = torch.mul(x, rstd, out=dx)
+            product = dout * xhat
+            dweight = product.sum(0)
+            # dxhat = dout weight:  n avg(dxhat xhat)
+            total_xhat = product @ column
             # xhat = x rstd
-            dx = rstd * (dxhat - xhat * _avg(dxhat * xhat))
-            return dx, dweight
+            dxhat = torch.mul(dout, gain, out=product)
+            rest = torch.addcmul(dxhat, xhat, total_xhat, value=-1 / n, out=xhat)  # dxhat - xhat avg(dxhat xhat)
+            return rest.mul_(rstd), dweight
 
         dx, dweight = blockwise(formula, dout.reshape(-1, n), x.reshape(-1, n), rstd.reshape(-1, 1))  # a row per sample
         if weight is not None:
@@ -249,9 +262,10 @@ def _check(layer: Layer, x: Tensor, shape: tuple[int, ...], weight: Tensor | Non
         raise layer.error(ShapeError, "forward", f"{last} of x must be {wanted}, got shape {tuple(x.shape)}")
 
 
-def _flat(weight: Tensor | None) -> Tensor | float:
-    """Weight as a row; 1 where there is none."""
-    return 1.0 if weight is None else weight.reshape(-1)
+def _gain(layer: LayerNorm | RMSNorm, x: Tensor, weight: Tensor | None) -> Tensor:
+    """Weight as a row, of ones where there is none, in what the formulas are computed in."""
+    layer._refuse_autocast("backward")  # it would round the products with the row, and nothing would show it
+    return in_float32(x.new_ones(layer.normalized_shape) if weight is None else weight).reshape(-1)
 
 
 def _avg(x: Tensor, dims: int | tuple[int, ...] = 1) -> Tensor:

@@ -128,20 +128,33 @@ class AvgPool2d(Layer):
 
     def backward(self, dout: Tensor) -> Tensor:
         (shape,) = self.pop(dout)
-        (kh, kw), (sh, sw), (ph, pw) = self.kernel_size, self.stride, self.padding
-        (H, W), (T, U) = shape[-2:], dout.shape[-2:]
+        (ph, pw), (H, W) = self.padding, shape[-2:]
+        # out[t, u] = sum x[s t + k - p] / size[t, u]
         share = dout / self._size(shape, dout)
-        # out[t, u] = sum x[s t + k - p] / size[t, u]: position k of every window at once, in padded coordinates
-        dx = dout.new_zeros(*shape[:-2], max(ph + H, sh * (T - 1) + kh), max(pw + W, sw * (U - 1) + kw))
+        dx = self._side_by_side(share) if self.stride == self.kernel_size else self._overlapping(share)
+        rest = (-pw, pw + W - dx.shape[-1], -ph, ph + H - dx.shape[-2])  # no padding; zeros after the last window
+        return functional.pad(dx, rest) if any(rest) else dx
+
+    def _overlapping(self, share: Tensor) -> Tensor:
+        """Add each window's share up, position k of all windows at once, in padded coordinates."""
+        (kh, kw), (sh, sw), (T, U) = self.kernel_size, self.stride, share.shape[-2:]
+        dx = share.new_zeros(*share.shape[:-2], sh * (T - 1) + kh, sw * (U - 1) + kw)
         for i in range(kh):
             for j in range(kw):
                 dx[..., i : i + sh * (T - 1) + 1 : sh, j : j + sw * (U - 1) + 1 : sw] += share
-        return dx[..., ph : ph + H, pw : pw + W].contiguous()
+        return dx
+
+    def _side_by_side(self, share: Tensor) -> Tensor:
+        """The same where stride is kernel_size, so that each position is in one window: fewer calls."""
+        kh, kw = self.kernel_size
+        return share.repeat_interleave(kw, -1).repeat_interleave(kh, -2)
 
     def _size(self, shape: torch.Size, dout: Tensor) -> Tensor | int:
         """How many positions of each window count: rows times columns."""
         if self.divisor_override is not None:
             return self.divisor_override
+        if not self.ceil_mode and (self.count_include_pad or self.padding == (0, 0)):
+            return self.kernel_size[0] * self.kernel_size[1]
         sizes = []
         for dim, (k, s, p) in enumerate(zip(self.kernel_size, self.stride, self.padding), start=-2):
             start = torch.arange(dout.shape[dim], device=dout.device) * s - p

@@ -10,6 +10,7 @@ from handgrad.arguments import floating
 from handgrad.errors import DtypeError, ShapeError
 from handgrad.layer import buffer
 from handgrad.losses.loss import Loss
+from handgrad.pieces import in_float32
 
 
 class BCEWithLogits(Loss):
@@ -46,7 +47,7 @@ class BCEWithLogits(Loss):
         self._check(x, target)
         a = self._slope(target)
         logs = logsigmoid(x)  # -log(1 + exp(-x))
-        loss = (1 - target) * x - (logs if a is None else a * logs)
+        loss = (1 - target).mul_(x).sub_(logs if a is None else a * logs)
         if self.weight is not None:
             loss = loss * self.weight
         out = self.reduce(loss)
@@ -60,8 +61,8 @@ class BCEWithLogits(Loss):
         # loss = weight ((1 - y) x + a log(1 + exp(-x)))
         if weight is not None:
             dlosses = dlosses * weight
-        dx: Tensor = torch.sigmoid(x) - target if a is None else (1 - target) - a * torch.sigmoid(-x)
-        return (dlosses * dx).to(x.dtype)
+        slope = torch.sigmoid(x).sub_(target) if a is None else (1 - target).sub_(a * torch.sigmoid(-x))
+        return in_float32(slope).mul_(dlosses).to(x.dtype)
 
     def _slope(self, target: Tensor) -> Tensor | None:
         return None if self.pos_weight is None else 1 + (self.pos_weight - 1) * target

@@ -19,19 +19,18 @@ from handgrad.pieces import eager_on_cpu
 class LinearCrossEntropy(ClassLoss):
     """The last Linear of a classifier and its CrossEntropy in one, a few rows at a time: for a large vocabulary.
 
-    Forward:   z = x @ linear.weight.T + linear.bias,  top[n] = max_v z[n, v]
-               log[n] = log sum_v exp(z[n, v] - top[n]),  so that z - top - log = log_softmax(z)
-               losses[n] = -sum_v q[v] (z[n, v] - top[n] - log[n]),  q[v] = w[v] ((1 - s) [v = y] + s/V)  for a row n
-               with target y; 0 where y = ignore_index. Here s = label_smoothing and w = weight (or ones); for s = 0 and
-               w = 1 that is log[n] - (z[n, y] - top[n]).
+    Forward:   z = x @ linear.weight.T + linear.bias,  logp = log_softmax(z)
+               losses[n] = -sum_v q[v] logp[n, v],  q[v] = w[v] ((1 - s) [v = y] + s/V)  for a row n with target y;
+               0 where y = ignore_index. Here s = label_smoothing and w = weight (or ones); for s = 0 and w = 1 that is
+               -logp[n, y].
                "sum" adds the rows up, "mean" divides that by the sum of w[y] over the rows not ignored, "none" returns
-               them. Rows are taken `chunk_size` at a time; of z only sums per row outlive their chunk.
+               them. Rows are taken `chunk_size` at a time; of logp only numbers per row outlive their chunk.
     Shapes:    x (..., D); target (...) int64; linear a Linear(D -> V); weight (V,); loss () or like target
-    Backward:  z is computed again, chunk by chunk. With p = exp(z - top - log), the softmax,
+    Backward:  z is computed again, chunk by chunk. With p = softmax(z),
                dz[n, v] = dlosses[n] (p[n, v] sum_u q[u] - q[v]), where dlosses is dout, divided for the mean by what it
                divides by, and 0 where y = ignore_index;  dx = dz @ linear.weight,  and with sums over n
                dweight = dz^T x,  dbias = sum_n dz[n]  of linear
-    Recorded:  x, target, top, log, weight and those of linear: O(rows), not O(rows V)
+    Recorded:  x, target, weight and those of linear: nothing of the size of z
     Raises:    ShapeError; DtypeError; on a CPU IndexRangeError for a target that is neither a class nor
                ignore_index (another device asserts so itself, late and fatally); ArgumentError; StateError.
     Source:    torch.nn.LinearCrossEntropyLoss for parameters, keys and semantics; Wijmans et al. 2024,
@@ -81,30 +80,26 @@ class LinearCrossEntropy(ClassLoss):
         used, y = self.labels(target.reshape(-1))
         if eager_on_cpu(y):
             self.check_range(y, self.num_classes)
-        q_y, q_all, sum_q = self._q(y)
-        tops, logs, z_ys, z_qs = [], [], [], []
+        q_y, q_all, _ = self._q(y)
+        at_y, everywhere = [xs.new_zeros(0, 1)], [xs.new_zeros(0, 1)]
         for a, b in self._chunks(len(y)):
-            z = linear(xs[a:b], W, bias)  # (chunk, V)
-            tops.append(z.amax(1, keepdim=True))
-            z = z.sub_(tops[-1])
-            z_ys.append(z.gather(1, y[a:b, None]))
+            logp = torch.log_softmax(linear(xs[a:b], W, bias), 1)  # (chunk, V)
+            at_y.append(logp.gather(1, y[a:b, None]))
             if q_all is not None:
-                z_qs.append(z @ q_all)
-            logs.append(z.exp_().sum(1, keepdim=True).log_())
-        top, log, z_y = (torch.cat(t) if t else xs.new_zeros(0, 1) for t in (tops, logs, z_ys))  # (N, 1)
-        loss: Tensor = sum_q * log - q_y * z_y
-        if z_qs:
-            loss -= torch.cat(z_qs)
+                everywhere.append(logp @ q_all)
+        loss: Tensor = -q_y * torch.cat(at_y)  # (N, 1)
+        if q_all is not None:
+            loss -= torch.cat(everywhere)
         loss = where_used(loss[:, 0], used)
         if self.reduction == "mean":
             out = loss.sum() / self.count(y, used, x.dtype)
         else:
             out = self.reduce(loss.view(target.shape))
-        self.push(x, y, used, top, log, self.weight, W, bias, out=out)
+        self.push(x, y, used, self.weight, W, bias, out=out)
         return out
 
     def backward(self, dout: Tensor | None = None) -> Tensor:
-        x, y, used, top, log, _, W, bias = self.pop(dout)
+        x, y, used, _, W, bias = self.pop(dout)
         xs = rows(x)
         dlosses = self.row_dlosses(None if dout is None else dout.reshape(-1), x, y, used)
         dlosses = dlosses.to(x.dtype).expand(len(y)).unsqueeze(1)  # (N, 1)
@@ -113,9 +108,9 @@ class LinearCrossEntropy(ClassLoss):
         dx, dweight = torch.empty_like(xs), torch.zeros_like(W)
         dbias = None if bias is None else torch.zeros_like(bias)
         for a, b in self._chunks(len(y)):
-            # losses[n] = -sum_v q[v] (z[n, v] - top[n] - log[n]),  p = exp(z - top - log)
-            z = linear(xs[a:b], W, bias)
-            dz = z.sub_(top[a:b]).sub_(log[a:b]).exp_().mul_(everywhere[a:b])  # in the one (chunk, V) there is
+            # losses[n] = -sum_v q[v] logp[n, v],  logp = log_softmax(z)
+            p = torch.softmax(linear(xs[a:b], W, bias), 1)
+            dz = p.mul_(everywhere[a:b])
             dz.scatter_add_(1, y[a:b, None], at_y[a:b])
             if q_all is not None:
                 dz.addmm_(dlosses[a:b], q_all.t(), alpha=-1)

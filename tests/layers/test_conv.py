@@ -1,4 +1,4 @@
-"""What convolutions refuse."""
+"""What convolutions refuse, and that the two ways to dx are one."""
 
 from __future__ import annotations
 
@@ -32,6 +32,33 @@ def test_errors_and_repr():
     assert repr(Conv2d(2, 4, 3, 2, 1, groups=2, bias=False)) == (
         "Conv2d(2 -> 4, kernel_size=(3, 3), stride=(2, 2), padding=(1, 1), groups=2, bias=False)"
     )
+
+
+@pytest.mark.parametrize(
+    "options", [(1, 0), (3, 1), (2, 0, 3), (3, 2, 2), (3, "same", 2, 2), (4, "same"), (3, 1, 1, 6)], ids=str
+)
+@pytest.mark.parametrize("kind", [Conv1d, Conv2d])
+def test_dx_as_a_convolution_is_the_transposed_one(monkeypatch, kind, options):
+    """Of stride 1, and padding within the kernel's reach: the two are (kernel_size, padding, dilation, groups)."""
+    kernel_size, padding, *rest = options
+    layer = kind(6, 6, kernel_size, 1, padding, *rest, dtype=torch.float64)
+    x = torch.randn(5, 6, *[9, 7][: layer.dims], dtype=torch.float64)
+    taken = []
+    by_conv = layer._dx_by_conv
+    monkeypatch.setattr(layer, "_dx_by_conv", lambda *args: taken.append(args) or by_conv(*args))
+    dout = torch.randn_like(layer(x))
+    dx = layer.backward(dout)
+    assert len(taken) == 1
+    shape = torch.nn.functional.pad(x, layer.extra).shape
+    expected = torch.nn.functional.pad(layer._dx(dout, layer.weight, shape), [-n for n in layer.extra])
+    torch.testing.assert_close(dx, expected, rtol=0, atol=1e-13)
+
+
+def test_padding_beyond_the_kernels_reach_is_left_to_the_transposed_convolution(monkeypatch):
+    layer = Conv1d(2, 3, 2, padding=2)
+    monkeypatch.delattr(Conv1d, "_dx_by_conv")
+    out = layer(torch.randn(4, 2, 5))
+    assert layer.backward(torch.randn_like(out)).shape == (4, 2, 5)
 
 
 def test_errors_and_repr_of_transposed_ones():

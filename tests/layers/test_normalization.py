@@ -50,3 +50,21 @@ def test_errors_and_repr():
     with pytest.raises(ArgumentError, match="GroupNorm: num_groups must divide num_channels, got 3 and 4"):
         GroupNorm(3, 4)
     assert repr(GroupNorm(2, 4, 0.1, False)) == "GroupNorm(num_groups=2, num_channels=4, eps=0.1, affine=False)"
+
+
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("kind", [LayerNorm, RMSNorm])
+def test_a_backward_under_autocast_is_refused(kind, affine):
+    """It would round the means that dx is made of, which no dtype shows."""
+    layer = kind(4, elementwise_affine=affine)
+    out = layer(torch.randn(3, 4))
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(DtypeError, match=r"torch\.autocast must be off"):
+        layer.backward(torch.randn_like(out))
+
+
+@pytest.mark.parametrize("kind", [LayerNorm, RMSNorm])
+def test_without_a_weight_it_is_as_with_ones(kind):
+    plain, ones, x = kind((2, 3), elementwise_affine=False), kind((2, 3)), torch.randn(5, 2, 3)
+    assert torch.equal(plain(x), ones(x))
+    dout = torch.randn_like(x)
+    torch.testing.assert_close(plain.backward(dout), ones.backward(dout), rtol=0, atol=0)

@@ -1,4 +1,4 @@
-"""What pools refuse."""
+"""What pools refuse, and that windows side by side are a case of those that overlap."""
 
 from __future__ import annotations
 
@@ -61,3 +61,10 @@ def test_no_other_dilated_window_is_refused(ceil_mode):
         else:
             with pytest.raises(ShapeError, match="every window must have a place inside x"):
                 MaxPool2d(*options, ceil_mode=ceil_mode)(x)
+
+
+@pytest.mark.parametrize("kernel_size", [1, 2, (3, 2)])
+def test_windows_side_by_side_are_spread_as_those_that_overlap(kernel_size):
+    pool, share = AvgPool2d(kernel_size), torch.randn(2, 3, 4, 5)
+    assert torch.equal(pool._side_by_side(share), pool._overlapping(share))
+    assert torch.equal(pool._side_by_side(share[0]), pool._overlapping(share[0]))

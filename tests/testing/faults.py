@@ -316,10 +316,15 @@ faults(
 faults(
     hg.Sigmoid,
     ("out + out^2", "value=-1", "value=1"),
-    ("out forgotten", "torch.addcmul(out, out, out, value=-1)", "(1 - out)"),
-    ("dout forgotten", "return dout * torch", "return torch"),
+    ("out forgotten", "torch.addcmul(out, out, out, value=-1, out=dx)", "(1 - out)"),
+    ("dout forgotten", "slope.mul_(dout)", "slope"),
     ("out - out^3", "torch.addcmul(out, out, out,", "torch.addcmul(out, out, out * out,"),
-    ("written into out", "torch.addcmul(out, out, out,", "out.addcmul_(out, out,", "ownership"),
+    (
+        "written into out",
+        "torch.addcmul(out, out, out, value=-1, out=dx)",
+        "out.addcmul_(out, out, value=-1).clone()",
+        "ownership",
+    ),
     ("sigmoid once more", "torch.addcmul(out, out, out,", "torch.addcmul(out, out, torch.sigmoid(out),"),
 )
 faults(
@@ -335,44 +340,44 @@ faults(
     hg.LeakyReLU,
     ("as ReLU", "self.negative_slope)", "0.0)"),
     ("slope 0.01 whatever was asked for", "self.negative_slope", "0.01"),
-    ("the sides exchanged", "x.sign()", "x.neg().sign()"),
+    ("the sides exchanged", "torch.sign(x,", "torch.sign(-x,"),
     ("slope squared", "self.negative_slope", "self.negative_slope ** 2"),
-    ("dout forgotten", "# out = x where", "dout = torch.ones_like(dout)  # out = x where"),
-    ("slope 1 everywhere", "functional.threshold(x.sign(), 0, self.negative_slope)", "torch.ones_like(x)"),
+    ("dout forgotten", "slope.mul_(dout)", "slope"),
+    ("slope 1 everywhere", "torch.threshold_(torch.sign(x, out=dx), 0, self.negative_slope)", "torch.ones_like(x)"),
 )
 faults(
     hg.SiLU,
-    ("as sigmoid", "torch.addcmul(x, x, s, value=-1)", "torch.zeros_like(x)"),
+    ("as sigmoid", "torch.addcmul(x, x, s, value=-1, out=dx)", "torch.zeros_like(x)"),
     ("1 + s", "value=-1", "value=1"),
-    ("s forgotten", "torch.addcmul(s, s, x_rest)", "(s + x_rest)"),
-    ("the first s forgotten", "torch.addcmul(s, s, x_rest)", "s * x_rest"),
-    ("dout forgotten", "return dout * torch", "return torch"),
-    ("written into x", "torch.addcmul(x, x, s, value=-1)", "x.addcmul_(x, s, value=-1)", "ownership"),
+    ("s forgotten", "torch.addcmul(s, s, x_rest, out=dx)", "(s + x_rest)"),
+    ("the first s forgotten", "torch.addcmul(s, s, x_rest, out=dx)", "s * x_rest"),
+    ("dout forgotten", "slope.mul_(dout)", "slope"),
+    ("written into x", "torch.addcmul(x, x, s, value=-1, out=dx)", "x.addcmul_(x, s, value=-1)", "ownership"),
 )
 faults(
     hg.GELU,
     ("the tanh form for both", 'exact if self.approximate == "none" else approximate', "approximate"),
     ("the exact form for both", 'exact if self.approximate == "none" else approximate', "exact"),
-    ("density of deviation 2", "x * x / -2", "x * x / -4"),
-    ("x phi(x) forgotten", "torch.addcmul(Phi, x, phi)", "Phi"),
-    ("1/3 of the cubic term", "torch.lerp(w, v, 3.0)", "v"),
+    ("density of deviation 2", "normal_pdf(x)", "normal_pdf(x / 2)"),
+    ("x phi(x) forgotten", "torch.addcmul(normal_cdf(x), x, normal_pdf(x), out=dx)", "normal_cdf(x)"),
+    ("1/3 of the cubic term", "w.lerp_(v, 3.0)", "v"),
     ("u for 2u", "torch.addcmul(xdv, xdv, s, value=-1)", "torch.addcmul(xdv, xdv, s, value=-1) / 2"),
 )
 faults(
     hg.Softmax,
-    ("no Jacobian", "(dout - (dout * out).sum(self.dim, keepdim=True))", "dout"),
-    ("as if classes were independent", "(dout - (dout * out).sum(self.dim, keepdim=True))", "dout * (1 - out)"),
+    ("no Jacobian", "p.addcmul_(out, p.sum(self.dim, keepdim=True), value=-1)", "p"),
+    ("as if classes were independent", "p.addcmul_(out, p.sum(self.dim, keepdim=True), value=-1)", "p * (1 - out)"),
     ("the sum over another dimension", "sum(self.dim,", "sum(0 if self.dim else -1,"),
     ("the mean", ".sum(self.dim", ".mean(self.dim"),
-    ("the sum of dout alone", "(dout * out).sum(", "dout.sum("),
-    ("written into dout", "dout - (dout * out)", "dout.mul_(1) - (dout * out)", "ownership"),
+    ("the sum of dout alone", "p.sum(", "dout.sum("),
+    ("written into dout", "torch.mul(dout, out, out=dx)", "dout.mul_(out).clone()", "ownership"),
 )
 faults(
     hg.LogSoftmax,
-    ("the sum forgotten", " * dout.sum(self.dim, keepdim=True)", ""),
+    ("the sum forgotten", "torch.addcmul(dout, p, total, value=-1, out=p)", "dout - p"),
     ("the mean", "dout.sum(self.dim", "dout.mean(self.dim"),
-    ("log probabilities for probabilities", "exp(out)", "out"),
-    ("the exponential in place", "exp(out)", "out.exp_()", "ownership"),
+    ("log probabilities for probabilities", "exp(out, out=dx)", "out.clone()"),
+    ("the exponential in place", "exp(out, out=dx)", "out.exp_().clone()", "ownership"),
     ("softmax's Jacobian", "dout.sum(self.dim", "(dout * exp(out)).sum(self.dim"),
     ("the sum over another dimension", "dout.sum(self.dim", "dout.sum(0 if self.dim else -1"),
 )
@@ -381,22 +386,35 @@ faults(
 
 faults(
     hg.LayerNorm,
-    ("the path through the mean forgotten", " - _avg(dxhat) ", " "),
-    ("the path through the variance forgotten", " - xhat * _avg(dxhat * xhat)", ""),
-    ("weight forgotten in dx", "dxhat = dout * gain", "dxhat = dout"),
-    ("dweight of x, not of xhat", "(dout * xhat).sum(0)", "(dout * x).sum(0)"),
-    ("dweight averaged", "(dout * xhat).sum(0)", "(dout * xhat).mean(0)"),
-    ("weight forgotten in the averages", "_avg(dxhat", "_avg(dout"),
-    ("dx written into dout", "return dx, dweight", "return dout.copy_(dx), dweight", "ownership"),
+    ("the path through the mean forgotten", ".sub_(total, alpha=1 / n)", ""),
+    (
+        "the path through the variance forgotten",
+        "torch.addcmul(centred, xhat, total_xhat, value=-1 / n, out=xhat)",
+        "centred",
+    ),
+    ("weight forgotten in dx", "torch.mul(dout, gain, out=product)", "dout.clone()"),
+    ("dweight of x, not of xhat", "product.sum(0)", "(dout * x).sum(0)"),
+    ("dweight averaged", "product.sum(0)", "product.mean(0)"),
+    (
+        "weight forgotten in the averages",
+        "dout @ column, product @ column",
+        "dout.sum(1, keepdim=True), product.sum(1, keepdim=True)",
+    ),
+    (
+        "dx written into dout",
+        "return rest.mul_(rstd), dweight",
+        "return dout.copy_(rest.mul_(rstd)), dweight",
+        "ownership",
+    ),
 )
 faults(
     hg.RMSNorm,
-    ("the path through rstd forgotten", " - xhat * _avg(dxhat * xhat)", ""),
-    ("a mean subtracted, as in LayerNorm", "rstd * (dxhat", "rstd * (dxhat - _avg(dxhat)"),
-    ("weight forgotten in dx", "dxhat = dout * gain", "dxhat = dout"),
-    ("dweight of x, not of xhat", "(dout * xhat).sum(0)", "(dout * x).sum(0)"),
-    ("weight forgotten in the average", "_avg(dxhat", "_avg(dout"),
-    ("rstd squared", "rstd * (dxhat", "rstd * rstd * (dxhat"),
+    ("the path through rstd forgotten", "torch.addcmul(dxhat, xhat, total_xhat, value=-1 / n, out=xhat)", "dxhat"),
+    ("a mean subtracted, as in LayerNorm", "rest.mul_(rstd)", "(rest - _avg(dxhat)).mul_(rstd)"),
+    ("weight forgotten in dx", "torch.mul(dout, gain, out=product)", "dout.clone()"),
+    ("dweight of x, not of xhat", "product.sum(0)", "(dout * x).sum(0)"),
+    ("weight forgotten in the average", "product @ column", "product.sum(1, keepdim=True)"),
+    ("rstd squared", "rest.mul_(rstd)", "rest.mul_(rstd * rstd)"),
 )
 faults(
     hg.Dropout,
@@ -534,8 +552,19 @@ faults(
     ("dx without padding", "weight, None, self.stride, self.padding", "weight, None, self.stride, 0"),
     ("groups forgotten in dx", "rest, self.groups, self.dilation", "rest, 1, self.dilation"),
     ("the unread end forgotten", "self.padding, rest,", "self.padding, 0,"),
-    ("dbias of the first row", "self._dbias(dout)", "self._dbias(dout[:1])"),
     ("kernel turned round in dx", "self.conv_transpose(dout, weight,", "self.conv_transpose(dout, weight.flip(-1),"),
+    method="_dx",
+)
+faults(
+    hg.Conv1d,
+    ("kernel not turned round", "weight.flip(list(range(2, weight.dim())))", "weight"),
+    ("the forward's padding", "None, 1, padding,", "None, 1, self.padding,"),
+    ("dilation forgotten", "padding, self.dilation,", "padding, 1,"),
+    method="_dx_by_conv",
+)
+faults(
+    hg.Conv1d,
+    ("dbias of the first row", "self._dbias(dout)", "self._dbias(dout[:1])"),
     ("the asymmetric zeros kept", "if self.extra else dx", "if False else dx"),
 )
 faults(
@@ -562,13 +591,22 @@ faults(
 )
 faults(
     hg.AvgPool2d,
-    ("divided by the kernel always", "self._size(shape, dout)", "(kh * kw)"),
+    ("divided by the kernel always", "self._size(shape, dout)", "(self.kernel_size[0] * self.kernel_size[1])"),
     ("not divided", "dout / self._size(shape, dout)", "dout + 0"),
-    ("padding not cut off", "ph : ph + H, pw : pw + W", ": H, : W"),
+    ("padding not cut off", "(-pw, pw + W - dx.shape[-1], -ph, ph + H -", "(0, W - dx.shape[-1], 0, H -"),
+)
+faults(
+    hg.AvgPool2d,
     ("of overlapping windows the last one wins", "+= share", "= share"),
     ("the window one row short", "for i in range(kh)", "for i in range(max(kh - 1, 1))"),
-    ("steps of the other dimension", "(sh, sw), (ph, pw) = self.kernel_size, self.stride, self.padding",
-     "(sh, sw), (pw, ph) = self.kernel_size, self.stride, self.padding"),
+    ("steps of the other dimension", "self.stride, share.shape", "self.stride[::-1], share.shape"),
+    method="_overlapping",
+)
+faults(
+    hg.AvgPool2d,
+    ("height and width exchanged", "kh, kw = self.kernel_size", "kw, kh = self.kernel_size"),
+    ("the windows in turns", "share.repeat_interleave(kw, -1)", "share.repeat(*[1] * (share.dim() - 1), kw)"),
+    method="_side_by_side",
 )  # fmt: skip
 
 # ---------------------------------------------------------------- losses
@@ -585,12 +623,12 @@ faults(
 )  # fmt: skip
 faults(
     hg.BCEWithLogits,
-    ("the sign", "(dlosses * dx)", "(-dlosses * dx)"),
+    ("the sign", "mul_(dlosses)", "mul_(-dlosses)"),
     ("pos_weight forgotten", "a = self._slope(target)", "a = None"),
     ("weight forgotten", "if weight is not None:", "if False:"),
     ("divided by the rows alone", "max(x.numel(), 1)", "max(len(x) if x.dim() else 1, 1)"),
     ("dout forgotten", "self.dlosses(dout,", "self.dlosses(None,"),
-    ("sigmoid's slope once more", "(dlosses * dx)", "(torch.sigmoid(x) * dlosses * dx)"),
+    ("sigmoid's slope once more", "mul_(dlosses)", "mul_(torch.sigmoid(x) * dlosses)"),
 )
 faults(
     hg.LinearCrossEntropy,
