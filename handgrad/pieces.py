@@ -86,18 +86,11 @@ def blockwise(formula: Callable[..., R], *tensors: Tensor) -> R:
     True
     """
     first = tensors[0]
-<<<<<<< HEAD
     if is_whole(first):
         return formula(*tensors)
-    count, length = first.numel(), len(first)
+    count, length, half = first.numel(), len(first), first.dtype in HALF
     if count <= WHOLE or not eager_on_cpu(first):
         return precise(formula, *tensors)
-=======
-    count, half = first.numel(), first.dtype in HALF
-    if count <= WHOLE or not eager_on_cpu(first):
-        return precise(formula, *tensors) if half else formula(*tensors)
-    length = len(first)
->>>>>>> large
     step = max(1, PIECE * length // count)
     takes_dx = not half and "dx" in signature(formula).parameters
     joined: Any = first.new_empty(first.shape) if takes_dx else None
