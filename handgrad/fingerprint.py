@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from operator import attrgetter, eq
 from typing import Any
 
@@ -11,8 +11,7 @@ from torch import Tensor
 
 from handgrad.layer import Layer
 
-
-QUESTIONS = (Tensor.data_ptr, Tensor.stride, Tensor.size, attrgetter("dtype"))
+QUESTIONS: tuple[Callable[[Tensor], Any], ...] = (Tensor.data_ptr, Tensor.stride, Tensor.size, attrgetter("dtype"))
 """Where a tensor lies, and what it is like."""
 
 
