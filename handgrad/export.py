@@ -11,7 +11,8 @@ from torch import Tensor
 
 from handgrad.errors import ArgumentError
 from handgrad.layer import Layer
-from handgrad.program import Number, Progress, Stage, Traced, numbers, package, taken_apart
+from handgrad.minibatches import taken_apart
+from handgrad.program import Number, Progress, Stage, Traced, numbers, package
 
 
 def write(path: Path, traced: Traced, stage: Stage, model: Layer, loss: Layer, pair: Any, progress: Progress) -> None:

@@ -28,6 +28,7 @@ from torch import Tensor, fx
 from handgrad.errors import CompileError
 from handgrad.indices import check_indices
 from handgrad.layer import Layer, is_frozen
+from handgrad.minibatches import rebuilt, taken_apart
 from handgrad.randomness import SEEDS, seeded
 from handgrad.records import tensors_in
 
@@ -431,25 +432,6 @@ class Progress:
 
     def __exit__(self, *_: object) -> None:
         self._end("\n")
-
-
-def taken_apart(value: Any) -> tuple[list[Tensor], Any]:
-    """The tensors of nested tuples, and the structure that `rebuilt` makes the value of again.
-
-    >>> taken_apart((torch.ones(1), (None, torch.ones(2))))[1] == (Tensor, (None, Tensor))
-    True
-    """
-    if isinstance(value, tuple):
-        pairs = [taken_apart(part) for part in value]
-        return [t for parts, _ in pairs for t in parts], tuple([structure for _, structure in pairs])
-    return ([value], Tensor) if isinstance(value, Tensor) else ([], value)
-
-
-def rebuilt(structure: Any, parts: Iterator[Tensor]) -> Any:
-    """The value that `taken_apart` took apart, of other tensors."""
-    if isinstance(structure, tuple):
-        return tuple([rebuilt(part, parts) for part in structure])
-    return next(parts) if structure is Tensor else structure
 
 
 def _number(value: float) -> Tensor:

@@ -18,8 +18,9 @@ from handgrad.fingerprint import Fingerprint
 from handgrad.layer import ONE_THREAD, Layer, is_any_autocast_enabled, is_frozen
 from handgrad.losses.loss import Loss
 from handgrad.memory import Snapshot
+from handgrad.minibatches import ends_of_alike, joined, length, minibatches, taken_apart
 from handgrad.optim import SGD, hooked
-from handgrad.program import SCHEDULED, Program, Progress, Stage, Traced, begin, compiled, numbers, taken_apart, trace
+from handgrad.program import SCHEDULED, Program, Progress, Stage, Traced, begin, compiled, numbers, trace
 
 COMPILING = "2.13"  # the least torch for compile(): the graphs of all from 2.6 to 2.12 take an index of -1
 KEPT = 64  # of how many states of the model (modes, options, ...) a compiled step remembers the programs
@@ -113,10 +114,10 @@ class TrainStep:
         Each of the two is a tensor with a leading dimension K, or a list of K minibatches. A tuple stands for several
         inputs, or several targets, each of them one of these. An error says how many of the steps are done.
         """
-        steps, losses = _length(xs, targets), []
+        steps, losses = length(xs, targets), []
         for k in range(steps):
             try:
-                losses.append(self(_minibatches(xs, k), _minibatches(targets, k)))
+                losses.append(self(minibatches(xs, k), minibatches(targets, k)))
             except Exception as error:
                 _say_done(error, k, steps)
                 raise
@@ -202,7 +203,7 @@ class TrainStep:
             self._check_accumulated(x, target)
             count = range(self.accumulate)
             losses = torch.stack(
-                [self._forward_backward(_minibatches(x, a), _minibatches(target, a), first=a == 0) for a in count]
+                [self._forward_backward(minibatches(x, a), minibatches(target, a), first=a == 0) for a in count]
             )
             out = losses.mean() if self._mean else losses.sum()
         params = self.params
@@ -234,8 +235,8 @@ class TrainStep:
         return self.loss.reduction == "mean"
 
     def _check_accumulated(self, x: Any, target: Any) -> None:
-        if _length(x, target) != self.accumulate:
-            problem = f"a step takes {self.accumulate} minibatches, got {_length(x, target)}"
+        if length(x, target) != self.accumulate:
+            problem = f"a step takes {self.accumulate} minibatches, got {length(x, target)}"
             raise ShapeError(f"TrainStep(accumulate={self.accumulate}): {problem}")
 
     def _traced(self, x: Any, target: Any, progress: Progress) -> tuple[Traced, Stage, list[Tensor]]:
@@ -313,16 +314,17 @@ class CompiledTrainStep(TrainStep):
         if self.accumulate > 1:
             self._check_accumulated(x, target)
         levels = min(self.accumulate, 2) - 1
-        return self._run(_joined(x, levels), _joined(target, levels))[0]
+        return self._run(joined(x, levels), joined(target, levels))[0]
 
     def many(self, xs: Any, targets: Any) -> Tensor:
         """Do as TrainStep.many does, in one call of the program; in several where minibatches differ in shape."""
-        steps = _length(xs, targets)
+        steps = length(xs, targets)
         if not _in_program(self.optimizer):
             return super().many(xs, targets)
-        losses, done = [], 0
-        for end in _ends_of_alike(xs, targets, steps):
-            some = [_joined(_minibatches(part, slice(done, end)), min(self.accumulate, 2)) for part in (xs, targets)]
+        ends, losses, done = ends_of_alike(xs, targets, steps), [], 0
+        while done < steps:
+            end = done + 1 if self._outside() else next(end for end in ends if end > done)
+            some = [joined(minibatches(part, slice(done, end)), min(self.accumulate, 2)) for part in (xs, targets)]
             try:
                 losses.append(self._run(*some))
             except Exception as error:
@@ -332,14 +334,10 @@ class CompiledTrainStep(TrainStep):
         return losses[0] if len(losses) == 1 else torch.cat(losses)
 
     def _run(self, xs: Any, targets: Any) -> Tensor:
-        """The losses of the steps; the minibatches of all steps lie one after the other."""
+        """The losses of the steps (one, where that is none for a program); minibatches lie one after the other."""
         if self._outside():
-            one = slice(0, self.accumulate) if self.accumulate > 1 else 0
-            loss = super().__call__(_minibatches(xs, one), _minibatches(targets, one)).unsqueeze(0)
-            if self.accumulate == len(taken_apart((xs, targets))[0][0]):
-                return loss
-            rest = slice(self.accumulate, None)
-            return torch.cat([loss, self._run(_minibatches(xs, rest), _minibatches(targets, rest))])
+            minibatch = slice(None) if self.accumulate > 1 else 0
+            return super().__call__(minibatches(xs, minibatch), minibatches(targets, minibatch)).unsqueeze(0)
         self._begin()
         try:
             parts, structure = taken_apart((xs, targets))
@@ -350,10 +348,10 @@ class CompiledTrainStep(TrainStep):
                 losses, wrong, grads = program([*numbers(program.stage.optimizer).values()], parts)
             except RuntimeError as error:
                 for k in range(len(parts[0])):
-                    self._explain(_minibatches(xs, k), _minibatches(targets, k))
+                    self._explain(minibatches(xs, k), minibatches(targets, k))
                 raise CompileError(f"TrainStep.compile: the program failed; nothing has changed; {error}") from error
             if wrong >= 0:
-                self._explain(_minibatches(xs, wrong), _minibatches(targets, wrong))
+                self._explain(minibatches(xs, wrong), minibatches(targets, wrong))
                 raise IndexRangeError(f"TrainStep.compile: an index in minibatch {wrong} is out of range")
             for p in self.params:
                 p.grad = None
@@ -374,7 +372,7 @@ class CompiledTrainStep(TrainStep):
 
     def _program(self, xs: Any, targets: Any, parts: list[Tensor], structure: Any) -> Program:
         """The program for such minibatches and for the model as it is now."""
-        kind = structure, *[(part.shape[1:], part.dtype, part.device) for part in parts]
+        kind = _in_program(self.optimizer), structure, *[(part.shape[1:], part.dtype, part.device) for part in parts]
         for i, (fingerprint, programs) in enumerate(self._made):
             if fingerprint.fits():
                 if i > 0:
@@ -389,7 +387,7 @@ class CompiledTrainStep(TrainStep):
 
     def _make(self, xs: Any, targets: Any) -> tuple[Fingerprint, Program]:
         with Progress(self._progress) as progress:
-            traced, stage, new = self._traced(_minibatches(xs, 0), _minibatches(targets, 0), progress)
+            traced, stage, new = self._traced(minibatches(xs, 0), minibatches(targets, 0), progress)
             graded = {id(self.params[i]) for i in traced.graded}
             for p in new:
                 if id(p) not in graded:
@@ -429,56 +427,6 @@ def _say_done(error: Exception, done: int, steps: int) -> None:
     """Note on the error how far `many` came."""
     if hasattr(error, "add_note"):
         error.add_note(f"{done} of the {steps} steps of TrainStep.many are done")
-
-
-def _minibatches(many: Any, which: Any) -> Any:
-    """One of the K minibatches, or several: of each part, where a tuple stands for several inputs."""
-    return tuple([_minibatches(part, which) for part in many]) if isinstance(many, tuple) else many[which]
-
-
-def _length(xs: Any, targets: Any) -> int:
-    """K, which all parts of both must share."""
-    lengths = [len(part) for many in (xs, targets) for part in (many if isinstance(many, tuple) else (many,))]
-    if len(set(lengths)) != 1 or lengths[0] == 0:
-        problem = f"xs and targets must hold K minibatches each, at least one, got {' and '.join(map(str, lengths))}"
-        raise ShapeError(f"TrainStep.many: {problem} (a tuple stands for several inputs, a list for K minibatches)")
-    return lengths[0]
-
-
-def _joined(many: Any, levels: int) -> Any:
-    """Minibatches one after the other: one (0), a tensor or list of them (1), or those of several steps (2)."""
-    if isinstance(many, tuple):
-        return tuple([_joined(part, levels) for part in many])
-    if not isinstance(many, (Tensor, list)):
-        return many
-    if levels == 0:
-        return many.unsqueeze(0) if isinstance(many, Tensor) else many
-    if isinstance(many, list):
-        each = [_joined(part, levels - 1) for part in many]
-        return _side_by_side(each)
-    return many if levels == 1 else many.flatten(0, 1)
-
-
-def _side_by_side(each: list[Any]) -> Any:
-    """One value of several alike: their tensors joined along dimension 0."""
-    if isinstance(each[0], tuple):
-        return tuple([_side_by_side(list(parts)) for parts in zip(*each)])
-    return torch.cat(each) if isinstance(each[0], Tensor) else each[0]
-
-
-def _ends_of_alike(xs: Any, targets: Any, steps: int) -> list[int]:
-    """Where stretches of steps whose minibatches have the same shapes end."""
-    both = (part for many in (xs, targets) for part in (many if isinstance(many, tuple) else [many]))
-    if not any(isinstance(part, list) for part in both):
-        return [steps]
-    kinds = [_kind(_minibatches(xs, k), _minibatches(targets, k)) for k in range(steps)]
-    return [k + 1 for k in range(steps) if k + 1 == steps or kinds[k] != kinds[k + 1]]
-
-
-def _kind(*values: Any) -> Any:
-    """The shapes and dtypes of a minibatch."""
-    inside = (tuple, list)
-    return [(v.shape, v.dtype) if isinstance(v, Tensor) else _kind(*v) if isinstance(v, inside) else v for v in values]
 
 
 def _require_compiler() -> None:
