@@ -18,7 +18,10 @@ FILE = re.compile(r"# (\w+\.py)\n")
 
 
 def test_the_code_blocks_run_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As one reader would type them; a block that begins with a file name becomes that file, and tests are run."""
+    """As one reader would type them; a block that begins with a file name becomes that file.
+
+    Tests among these are run, and what is called run_... is run where handgrad cannot be imported.
+    """
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     assert len(BLOCKS) >= 4
@@ -29,6 +32,11 @@ def test_the_code_blocks_run_in_order(tmp_path: Path, monkeypatch: pytest.Monkey
             exec(compile(block, "README.md", "exec"), namespace)
             continue
         (tmp_path / named[1]).write_text(block)
+        if named[1].startswith("run_"):
+            blocked = "import runpy, sys; sys.modules['handgrad'] = None; runpy.run_path(sys.argv[1])"
+            command = [sys.executable, "-W", "ignore", "-c", blocked, named[1]]
+            result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+            assert result.returncode == 0, result.stdout + result.stderr
         if named[1].startswith("test_"):
             paths = os.pathsep.join([str(ROOT), str(tmp_path)])
             command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", named[1]]
