@@ -19,7 +19,7 @@ from handgrad.layer import ONE_THREAD, Layer, is_any_autocast_enabled, is_frozen
 from handgrad.losses.loss import Loss
 from handgrad.memory import Snapshot
 from handgrad.optim import SGD, hooked
-from handgrad.program import SCHEDULED, Program, Progress, Stage, begin, compiled, numbers, taken_apart, trace
+from handgrad.program import SCHEDULED, Program, Progress, Stage, Traced, begin, compiled, numbers, taken_apart, trace
 
 COMPILING = "2.13"  # the least torch for compile(): the graphs of all from 2.6 to 2.12 take an index of -1
 KEPT = 64  # of how many states of the model (modes, options, ...) a compiled step remembers the programs
@@ -166,11 +166,12 @@ class TrainStep:
         - ``seeds``, where random numbers are drawn: (K,) int64, one for each minibatch, from 0 up to 2^31;
         - ``first`` and ``last``, () int64: it does the steps of the minibatches first to last - 1;
 
-        under "outputs" ``losses`` (K,), ``wrong`` and the gradients of the last step; and under "same" which names of
-        the state_dict are further names of the same tensor. The program changes its inputs in place. Where ``wrong`` is
-        not -1 but the number of a minibatch, that one has an index out of range, and nothing has changed. Set the
-        variable AOTI_RUNTIME_CHECK_INPUTS=1 in the environment, and a wrong shape or dtype is an error before anything
-        changes; without, they are not looked at.
+        under "shapes" those of the tensors, and of one minibatch; under "outputs" ``losses`` (K,), ``wrong`` and the
+        gradients of the last step; under "same" which names of the state_dict are further names of a tensor; and under
+        "accumulate" how many minibatches make a step. The program changes its inputs in place. Where ``wrong`` is not
+        -1 but the number of a minibatch, that one has an index out of range, and nothing has changed. Set the variable
+        AOTI_RUNTIME_CHECK_INPUTS=1 in the environment, and a wrong shape or dtype is an error before anything changes;
+        without, they are not looked at. (models/cpp has a program in C++ that trains with these files.)
 
         The optimizer must be handgrad's SGD, or torch.optim's Adam or AdamW. Raises ArgumentError; what `compile` and
         its first call raise. It needs safetensors.
