@@ -5,6 +5,7 @@
 #include <torch/csrc/inductor/aoti_package/model_package_loader.h>
 
 #include <algorithm>
+#include <cerrno>
 #include <chrono>
 #include <csignal>
 #include <cstdlib>
@@ -133,6 +134,19 @@ double resident_megabytes() {
   return 0;  // another system than Linux
 }
 
+// Run the program; where it refuses a tensor, it says which by number, and this by name.
+std::vector<at::Tensor> run(torch::inductor::AOTIModelPackageLoader& loader, const std::vector<std::string>& names,
+                            const std::vector<at::Tensor>& inputs) {
+  try {
+    return loader.run(inputs);
+  } catch (const std::exception& error) {
+    const std::string text = error.what(), before = "input_handles[";
+    const size_t begin = text.find(before), end = text.find(']', begin);
+    if (begin == text.npos || end == text.npos) throw;
+    fail(names.at(std::stoul(text.substr(begin + before.size()))) + text.substr(end + 1));
+  }
+}
+
 volatile std::sig_atomic_t stopped = 0;
 
 // The first Ctrl-C asks the training to end, a second one ends the process.
@@ -239,7 +253,7 @@ int train(const Options& options) {
   int64_t done = 0, timed_from = 0, shown = 0;
   double sum = 0;  // of the losses since a line was shown
   std::string problem;
-  std::cout << "     step        loss  resident MB" << std::endl;
+  std::cout << std::fixed << "     step        loss  resident MB" << std::endl;
   while (done < steps && !stopped) {
     const int64_t count = std::min(options.steps_per_call, steps - done), K = count * A;
     const at::Tensor now = rows.defined() ? rows.slice(0, done * A, done * A + K)
@@ -251,7 +265,7 @@ int train(const Options& options) {
     }
     if (seeds) inputs[*seeds] = at::randint(int64_t{1} << 31, {K}, generator, at::kLong);
     inputs[*last] = at::scalar_tensor(K, at::kLong);
-    const std::vector<at::Tensor> outputs = loader.run(inputs);  // losses, wrong, gradients
+    const std::vector<at::Tensor> outputs = run(loader, program.inputs, inputs);  // losses, wrong, gradients
 
     const int64_t wrong = outputs.at(1).item<int64_t>();
     if (wrong >= 0) {
@@ -262,8 +276,7 @@ int train(const Options& options) {
     sum += outputs[0].sum().item<double>();
     done += count;
     if (done / tenth > shown / tenth || done == steps) {
-      std::cout << std::setw(9) << done << std::fixed << std::setprecision(6) << std::setw(12)
-                << sum / static_cast<double>(done - shown) << std::setprecision(1) << std::setw(13)
+      std::cout << std::setw(9) << done << std::setprecision(6) << std::setw(12) << sum / static_cast<double>(done - shown) << std::setprecision(1) << std::setw(13)
                 << resident_megabytes() << std::endl;
       shown = done;
       sum = 0;
@@ -284,6 +297,10 @@ int train(const Options& options) {
 }
 
 int main(int argc, char** argv) {
+  if (argc == 2 && std::string(argv[1]) == "--help") {
+    std::cout << USAGE;
+    return 0;
+  }
   try {
     return train(parse({argv + 1, argv + argc}));
   } catch (const c10::Error& error) {
