@@ -106,7 +106,7 @@ def test_what_an_export_needs_is_looked_for_before_training(
         (names_gpt.RECIPE, 0.0),
         (names_gpt.RECIPE, 0.1),
     ],
-    ids=lambda value: getattr(value, "name", value),
+    ids=["mlp", "wavenet", "gru", "gpt", "gpt-dropout"],
 )
 def test_the_program_trains_in_python_and_in_cpp_as_the_step_does(
     recipe: Recipe, dropout: float | None, data: Path, tmp_path: Path, cpp: Path
@@ -148,4 +148,6 @@ def test_the_program_trains_in_python_and_in_cpp_as_the_step_does(
         torch.testing.assert_close(printed, call["losses"].unflatten(0, (-1, 20)).mean(1), rtol=1e-5, atol=2e-6)
         state = {key: found["state"][key] for key in after.state_dict()}
         torch.testing.assert_close(dict(after.state_dict()), state, rtol=1e-5, atol=1e-6)
-        torch.testing.assert_close(dict(after.state_dict()), dict(eager.model.state_dict()), rtol=1e-2, atol=1e-3)
+        with torch.no_grad():  # the weights differ where it makes no difference: Adam magnifies the noise of a zero
+            logits, eager_logits = (model.eval()(xs[-1]) for model in (after, eager.model))
+        torch.testing.assert_close(logits, eager_logits, rtol=1e-3, atol=1e-3)
