@@ -162,16 +162,18 @@ class TrainStep:
 
         The package's metadata hold JSON: under "inputs" the names of its inputs in order, which are those tensors and
 
-        - ``x`` and ``target`` (or ``x.0``, ``x.1``, ... of a tuple): K minibatches, any K, the size of each fixed;
+        - ``x`` and ``target`` (or ``x.0``, ``x.1``, ... of a tuple): K minibatches, the size of each fixed, K any
+          multiple of `accumulate`;
         - ``seeds``, where random numbers are drawn: (K,) int64, one for each minibatch, from 0 up to 2^31;
         - ``first`` and ``last``, () int64: it does the steps of the minibatches first to last - 1;
 
-        under "shapes" those of the tensors, and of one minibatch; under "outputs" ``losses`` (K,), ``wrong`` and the
-        gradients of the last step; under "same" which names of the state_dict are further names of a tensor; and under
-        "accumulate" how many minibatches make a step. The program changes its inputs in place. Where ``wrong`` is not
-        -1 but the number of a minibatch, that one has an index out of range, and nothing has changed. Set the variable
-        AOTI_RUNTIME_CHECK_INPUTS=1 in the environment, and a wrong shape or dtype is an error before anything changes;
-        without, they are not looked at. (models/cpp has a program in C++ that trains with these files.)
+        under "shapes" those of the tensors, and of one minibatch; under "outputs" ``losses`` (one per step), ``wrong``,
+        and the gradients of the last step; under "same" which names of the state_dict are further names of a tensor;
+        and under "accumulate" how many minibatches make a step. The program changes its inputs in place. Where
+        ``wrong`` is not -1 but the number of a minibatch, that one has an index out of range, and nothing has changed.
+        Set the variable AOTI_RUNTIME_CHECK_INPUTS=1 in the environment, and a wrong shape or dtype is an error before
+        anything changes; without, they are not looked at. (models/cpp is a program in C++ that trains with these
+        files.)
 
         The optimizer must be handgrad's SGD, or torch.optim's Adam or AdamW. Raises ArgumentError; what `compile` and
         its first call raise. It needs safetensors.

@@ -65,13 +65,13 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], 
     many(step, draw(1, seed=1))
     one = draw(1)
     step.export(path, one["x"][0], one["target"][0])
-    good, later = draw(5, seed=2), draw(3, seed=3)
+    good, single = draw(5, seed=2), draw(1, seed=3)
     bad = draw(3, seed=4)
     bad["target"][4, 1] = VOCABULARY
     fewer_rows = {"x": good["x"][:, 1:], "target": good["target"]}
     other_dtype = {"x": good["x"].int(), "target": good["target"]}
-    found = run_exported(path, [good, fewer_rows, other_dtype, bad, later])
-    return found, step, [many(step, good), many(step, later)], path
+    found = run_exported(path, [good, fewer_rows, other_dtype, bad, single])
+    return found, step, [many(step, good), many(step, single)], path
 
 
 def test_the_program_trains_as_the_step_does(exported: Any) -> None:
