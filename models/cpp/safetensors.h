@@ -1,5 +1,5 @@
-// Files of tensors: 8 bytes with the length of a header, the header (JSON: of each tensor its dtype, shape and where its
-// bytes begin and end), and the bytes. https://huggingface.co/docs/safetensors
+// Files of tensors: 8 bytes with the length of a header, the header (JSON: of each tensor its dtype, its shape, and
+// where its bytes begin and end), and the bytes. https://huggingface.co/docs/safetensors
 #pragma once
 
 #include <ATen/ATen.h>

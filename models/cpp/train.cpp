@@ -26,9 +26,9 @@ using safetensors::Tensors;
 const char* const USAGE =
     "usage: train STEP.pt2 [--steps 1000] [--steps-per-call 32] [--lr X] [--seed 1] [--from STATE.safetensors]\n"
     "                      [--save TRAINED.safetensors] [--rows ROWS.safetensors]\n"
-    "STEP.safetensors, STEP.training.safetensors and STEP.data.safetensors lie beside the program. --from goes on from\n"
-    "what --save wrote. --rows has in \"rows\" the numbers of the rows of each minibatch: (minibatches, batch) int64.\n"
-    "Without --lr, the rate is that of the export, or of --from.\n";
+    "STEP.safetensors, STEP.training.safetensors and STEP.data.safetensors lie beside the program. --from goes on\n"
+    "from what --save wrote. --rows has in \"rows\" the numbers of the rows of each minibatch: (minibatches, batch)\n"
+    "int64. Without --lr, the rate is that of the export, or of --from.\n";
 
 struct Options {
   fs::path program, from, save, rows;
@@ -122,6 +122,85 @@ struct Drawn {
   std::vector<int64_t> shape;  // of a minibatch
 };
 
+// The inputs in the order of the program: tensors that it changes in place, and what each call makes anew.
+struct Inputs {
+  std::vector<at::Tensor> all;
+  std::vector<Drawn> drawn;
+  std::optional<size_t> seeds;
+  size_t last = 0;
+  int64_t examples, batch;  // rows of the data, and of a minibatch
+
+  Inputs(const Described& program, const Tensors& model, const Tensors& training, const Tensors& data)
+      : all(program.inputs.size()) {
+    for (size_t i = 0; i < all.size(); ++i) {
+      const std::string& name = program.inputs[i];
+      if (name == "first") {
+        all[i] = at::scalar_tensor(0, at::kLong);
+      } else if (name == "last") {
+        last = i;
+      } else if (name == "seeds") {
+        seeds = i;
+      } else {
+        const std::vector<int64_t> shape = program.shapes[name].numbers();
+        if (model.count(name) || training.count(name)) {
+          all[i] = model.count(name) ? model.at(name) : training.at(name);
+          if (all[i].sizes() != at::IntArrayRef(shape)) {
+            fail(name + " must be of shape " + text_of(shape) + ", got " + text_of(all[i].sizes()));
+          }
+        } else if (data.count(name) && data.at(name).dim() > 0) {
+          drawn.push_back({i, data.at(name), shape});
+        } else {
+          fail("the program needs a tensor " + name + ", which is in none of the files beside it");
+        }
+      }
+    }
+    if (drawn.empty() || drawn[0].shape.empty()) fail("the program takes no minibatches");
+    examples = drawn[0].data.size(0);
+    batch = drawn[0].shape[0];
+    for (const Drawn& part : drawn) check(part, program.inputs);
+  }
+
+  // Make the inputs of K minibatches: of these rows (K, batch), and with seeds of this generator.
+  void draw(const at::Tensor& rows, const at::Generator& generator) {
+    const int64_t K = rows.size(0);
+    for (const Drawn& part : drawn) {
+      std::vector<int64_t> shape = part.shape;
+      shape.insert(shape.begin(), K);
+      all[part.place] = part.data.index_select(0, rows.reshape(-1)).view(shape);
+    }
+    if (seeds) all[*seeds] = at::randint(int64_t{1} << 31, {K}, generator, at::kLong);
+    all[last] = at::scalar_tensor(K, at::kLong);
+  }
+
+ private:
+  void check(const Drawn& part, const std::vector<std::string>& names) const {
+    const std::string& name = names[part.place];
+    if (part.data.size(0) != examples || examples == 0) {
+      fail("the data have " + std::to_string(part.data.size(0)) + " rows of " + name + ", and " +
+           std::to_string(examples) + " of " + names[drawn[0].place]);
+    }
+    if (part.data.numel() / examples * batch != c10::multiply_integers(part.shape)) {
+      fail("a minibatch of " + name + " must be of shape " + text_of(part.shape) + ", which " + std::to_string(batch) +
+           " rows of data of shape " + text_of(part.data.sizes()) + " do not make");
+    }
+  }
+};
+
+// The numbers of the rows of each minibatch.
+at::Tensor load_rows(const fs::path& path, const Inputs& inputs) {
+  const Tensors file = safetensors::load(path);
+  if (!file.count("rows")) fail(path.string() + " has no tensor \"rows\"");
+  const at::Tensor rows = file.at("rows");
+  if (rows.scalar_type() != at::kLong || rows.dim() != 2 || rows.size(1) != inputs.batch) {
+    fail("rows must be (minibatches, " + std::to_string(inputs.batch) + ") int64, got " + text_of(rows.sizes()) + " " +
+         at::toString(rows.scalar_type()));
+  }
+  if (rows.numel() > 0 && (rows.min().item<int64_t>() < 0 || rows.max().item<int64_t>() >= inputs.examples)) {
+    fail("rows must be from 0 to " + std::to_string(inputs.examples - 1));
+  }
+  return rows;
+}
+
 double resident_megabytes() {
   std::ifstream status("/proc/self/status");
   for (std::string word; status >> word;) {
@@ -177,64 +256,17 @@ int train(const Options& options) {
     if (!model.count(original.as_text())) fail(options.from.string() + " has no tensor " + original.as_text());
     model[name] = model[original.as_text()];  // the very same tensor, so that all its names are saved as it will be
   }
+  Inputs inputs(program, model, training, data);
 
-  // The inputs in their order: what is changed in place, and what each call makes anew.
-  std::vector<at::Tensor> inputs(program.inputs.size());
-  std::vector<Drawn> drawn;
-  std::optional<size_t> seeds, last;
-  for (size_t i = 0; i < inputs.size(); ++i) {
-    const std::string& name = program.inputs[i];
-    if (name == "first") {
-      inputs[i] = at::scalar_tensor(0, at::kLong);
-    } else if (name == "last") {
-      last = i;
-    } else if (name == "seeds") {
-      seeds = i;
-    } else {
-      const std::vector<int64_t> shape = program.shapes[name].numbers();
-      if (model.count(name) || training.count(name)) {
-        inputs[i] = model.count(name) ? model.at(name) : training.at(name);
-        if (inputs[i].sizes() != at::IntArrayRef(shape)) {
-          fail(name + " must be of shape " + text_of(shape) + ", got " + text_of(inputs[i].sizes()));
-        }
-      } else if (data.count(name) && data.at(name).dim() > 0) {
-        drawn.push_back({i, data.at(name), shape});
-      } else {
-        fail("the program needs a tensor " + name + ", which is in none of the files beside it");
-      }
-    }
-  }
-  if (drawn.empty() || !last || drawn[0].shape.empty()) fail("the program takes no minibatches");
-  const int64_t examples = drawn[0].data.size(0), batch = drawn[0].shape[0], A = program.accumulate;
-  for (const Drawn& part : drawn) {
-    const std::string& name = program.inputs[part.place];
-    if (part.data.size(0) != examples || examples == 0) {
-      fail("the data have " + std::to_string(part.data.size(0)) + " rows of " + name + ", and " +
-           std::to_string(examples) + " of " + program.inputs[drawn[0].place]);
-    }
-    if (part.data.numel() / examples * batch != c10::multiply_integers(part.shape)) {
-      fail("a minibatch of " + name + " must be of shape " + text_of(part.shape) + ", which " + std::to_string(batch) +
-           " rows of data of shape " + text_of(part.data.sizes()) + " do not make");
-    }
-  }
-
+  const int64_t A = program.accumulate;
   int64_t steps = options.steps.value_or(1000);
-  at::Tensor rows;
+  at::Tensor given;
   if (!options.rows.empty()) {
-    const Tensors file = safetensors::load(options.rows);
-    if (!file.count("rows")) fail(options.rows.string() + " has no tensor \"rows\"");
-    rows = file.at("rows");
-    if (rows.scalar_type() != at::kLong || rows.dim() != 2 || rows.size(1) != batch) {
-      fail("rows must be (minibatches, " + std::to_string(batch) + ") int64, got " + text_of(rows.sizes()) + " " +
-           at::toString(rows.scalar_type()));
-    }
-    steps = options.steps.value_or(rows.size(0) / A);
-    if (rows.size(0) < steps * A) {
+    given = load_rows(options.rows, inputs);
+    steps = options.steps.value_or(given.size(0) / A);
+    if (given.size(0) < steps * A) {
       fail(std::to_string(steps) + " steps take " + std::to_string(steps * A) + " rows of numbers, got " +
-           std::to_string(rows.size(0)));
-    }
-    if (rows.numel() > 0 && (rows.min().item<int64_t>() < 0 || rows.max().item<int64_t>() >= examples)) {
-      fail("rows must be from 0 to " + std::to_string(examples - 1));
+           std::to_string(given.size(0)));
     }
   }
 
@@ -256,16 +288,10 @@ int train(const Options& options) {
   std::cout << std::fixed << "     step        loss  resident MB" << std::endl;
   while (done < steps && !stopped) {
     const int64_t count = std::min(options.steps_per_call, steps - done), K = count * A;
-    const at::Tensor now = rows.defined() ? rows.slice(0, done * A, done * A + K)
-                                          : at::randint(examples, {K, batch}, generator, at::kLong);
-    for (const Drawn& part : drawn) {
-      std::vector<int64_t> shape = part.shape;
-      shape.insert(shape.begin(), K);
-      inputs[part.place] = part.data.index_select(0, now.reshape(-1)).view(shape);
-    }
-    if (seeds) inputs[*seeds] = at::randint(int64_t{1} << 31, {K}, generator, at::kLong);
-    inputs[*last] = at::scalar_tensor(K, at::kLong);
-    const std::vector<at::Tensor> outputs = run(loader, program.inputs, inputs);  // losses, wrong, gradients
+    inputs.draw(given.defined() ? given.slice(0, done * A, done * A + K)
+                                : at::randint(inputs.examples, {K, inputs.batch}, generator, at::kLong),
+                generator);
+    const std::vector<at::Tensor> outputs = run(loader, program.inputs, inputs.all);  // losses, wrong, gradients
 
     const int64_t wrong = outputs.at(1).item<int64_t>();
     if (wrong >= 0) {
@@ -276,8 +302,9 @@ int train(const Options& options) {
     sum += outputs[0].sum().item<double>();
     done += count;
     if (done / tenth > shown / tenth || done == steps) {
-      std::cout << std::setw(9) << done << std::setprecision(6) << std::setw(12) << sum / static_cast<double>(done - shown) << std::setprecision(1) << std::setw(13)
-                << resident_megabytes() << std::endl;
+      const double mean = sum / static_cast<double>(done - shown);
+      std::cout << std::setw(9) << done << std::setw(12) << std::setprecision(6) << mean << std::setw(13)
+                << std::setprecision(1) << resident_megabytes() << std::endl;
       shown = done;
       sum = 0;
     }
