@@ -299,7 +299,7 @@ int train(const Options& options) {
                 ": an index is out of range, such as a label; the state is that after step " + std::to_string(done);
       break;
     }
-    sum += outputs[0].sum().item<double>();
+    sum += outputs[0].sum(at::kDouble).item<double>();
     done += count;
     if (done / tenth > shown / tenth || done == steps) {
       const double mean = sum / static_cast<double>(done - shown);
