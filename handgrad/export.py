@@ -20,27 +20,41 @@ def write(path: Path, traced: Traced, stage: Stage, model: Layer, loss: Layer, p
     if path.suffix != ".pt2":
         raise ArgumentError(f"TrainStep.export: the path must end in .pt2, got {str(path)!r}")
     try:
-        from safetensors.torch import save_file
+        from safetensors.torch import save
     except ImportError as error:
         problem = "safetensors must be installed, for the tensors that the program starts with: pip install safetensors"
         raise ArgumentError(f"TrainStep.export: {problem}") from error
-    names = names_of(traced, stage, model, loss)
-    scheduled = {_name(number): value for number, value in numbers(stage.optimizer).items()}
-    inputs = [names[id(t)] for t in traced.state] + list(scheduled)
-    inputs += [name for key, part in zip(("x", "target"), pair) for name in _part_names(key, part)]
-    inputs += [*(["seeds"] if traced.seeded else []), "first", "last"]
-    own = model.state_dict()
-    same = {key: names[id(t)] for key, t in own.items() if key != names[id(t)]}
-    outputs = ["losses", "wrong", *(f"grad.{names[id(stage.params[i])]}" for i in traced.graded)]
-    lists = {"inputs": inputs, "outputs": outputs, "same": same, "accumulate": stage.accumulate}
+    names, own = names_of(traced, stage, model, loss), model.state_dict()
+    state = [(names[id(t)], t) for t in traced.state]
+    rates = [(_name(n), torch.tensor(value, dtype=torch.float64)) for n, value in numbers(stage.optimizer).items()]
+    minibatch = [name for key, part in zip(("x", "target"), pair) for name in _part_names(key, part)]
+    known = [*state, *rates, *zip(minibatch, traced.parts)]
+    inputs = [name for name, _ in known] + ["seeds"] * traced.seeded + ["first", "last"]
+    for name in inputs:
+        if inputs.count(name) > 1:
+            problem = f"two inputs of the program would be named {name!r}; give that tensor of the model another name"
+            raise ArgumentError(f"TrainStep.export: {problem}")
+    lists = {
+        "inputs": inputs,
+        "shapes": {name: list(t.shape) for name, t in known},
+        "outputs": ["losses", "wrong", *(f"grad.{names[id(stage.params[i])]}" for i in traced.graded)],
+        "same": {key: names[id(t)] for key, t in own.items() if key != names[id(t)]},
+        "accumulate": stage.accumulate,
+    }
     progress.tell("compiling")
-    package(traced, stage, path, {key: json.dumps(value) for key, value in lists.items()})
-    rest = {names[id(t)]: t for t in traced.state if names[id(t)] not in own}
-    rest |= {name: torch.tensor(value, dtype=torch.float64) for name, value in scheduled.items()}
+    from torch._inductor import config
+
+    # or the check of the inputs refuses a single step: torch takes it that any K is 2 or more
+    with config.patch("aot_inductor.check_lowerbound", False):
+        package(traced, stage, path, {key: json.dumps(value) for key, value in lists.items()})
+    rest = dict([(name, t) for name, t in state if name not in own] + rates)
     for kind, tensors in ((".safetensors", own), (".training.safetensors", rest)):
-        half = path.with_suffix(kind + ".part")
-        save_file({name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}, half)
-        half.replace(path.with_suffix(kind))
+        draft = path.with_suffix(kind + ".part")
+        try:
+            draft.write_bytes(save({name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}))
+            draft.replace(path.with_suffix(kind))
+        finally:
+            draft.unlink(missing_ok=True)
 
 
 def names_of(traced: Traced, stage: Stage, model: Layer, loss: Layer) -> dict[int, str]:

@@ -160,21 +160,26 @@ class TrainStep:
 
         The package's metadata hold JSON: under "inputs" the names of its inputs in order, which are those tensors and
 
-        - ``x`` and ``target`` (or ``x.0``, ``x.1``, ... of a tuple): K minibatches, any K, the size of each fixed;
+        - ``x`` and ``target`` (or ``x.0``, ``x.1``, ... of a tuple): K minibatches, the size of each fixed, K any
+          multiple of `accumulate`;
         - ``seeds``, where random numbers are drawn: (K,) int64, one for each minibatch, from 0 up to 2^31;
         - ``first`` and ``last``, () int64: it does the steps of the minibatches first to last - 1;
 
-        under "outputs" ``losses`` (K,), ``wrong`` and the gradients of the last step; and under "same" which names of
-        the state_dict are further names of the same tensor. The program changes its inputs in place. Where ``wrong`` is
-        not -1 but the number of a minibatch, that one has an index out of range, and nothing has changed. Set the
-        variable AOTI_RUNTIME_CHECK_INPUTS=1 in the environment, and a wrong shape or dtype is an error before anything
-        changes; without, they are not looked at.
+        under "shapes" those of the tensors, and of one minibatch; under "outputs" ``losses`` (one per step), ``wrong``,
+        and the gradients of the last step; under "same" which names of the state_dict are further names of a tensor;
+        and under "accumulate" how many minibatches make a step. The program changes its inputs in place. Where
+        ``wrong`` is not -1 but the number of a minibatch, that one has an index out of range, and nothing has changed.
+        Set the variable AOTI_RUNTIME_CHECK_INPUTS=1 in the environment, and a wrong shape or dtype is an error before
+        anything changes; without, they are not looked at. (models/cpp is a program in C++ that trains with these
+        files.)
 
         The optimizer must be handgrad's SGD, or torch.optim's Adam or AdamW. Raises ArgumentError; what `compile` and
         its first call raise. It needs safetensors.
         """
         if torch.__version__ < COMPILING:
             _refuse_old("export")
+        if any(p.device.type == "cpu" for p in self.params):
+            _require_compiler("export")
         if not _in_program(self.optimizer):
             problem = "handgrad's SGD, torch.optim.Adam or AdamW, without step hooks, for the program does the update"
             raise ArgumentError(
@@ -301,7 +306,7 @@ class CompiledTrainStep(TrainStep):
         if torch.__version__ < COMPILING:
             _refuse_old("compile")
         if any(p.device.type == "cpu" for p in step.params):
-            _require_compiler()
+            _require_compiler("compile")
         super().__init__(step.model, step.loss, step.optimizer, max_norm=step.max_norm, accumulate=step.accumulate)
         self._progress = sys.stderr.isatty() if progress is None else progress
         self._made: list[tuple[Fingerprint, dict[Any, Program]]] = []  # the latest used first
@@ -429,7 +434,7 @@ def _say_done(error: Exception, done: int, steps: int) -> None:
         error.add_note(f"{done} of the {steps} steps of TrainStep.many are done")
 
 
-def _require_compiler() -> None:
+def _require_compiler(what: str) -> None:
     from torch._inductor.cpp_builder import get_cpp_compiler  # takes seconds to import
 
     try:
@@ -437,4 +442,4 @@ def _require_compiler() -> None:
     except Exception as error:
         problem = "a C++ compiler must be installed and on the path (g++ or clang++; the variable CXX names "
         problem += f"another), or use the step without compile(); torch says: {error}"
-        raise CompileError(f"TrainStep.compile: {problem}") from error
+        raise CompileError(f"TrainStep.{what}: {problem}") from error

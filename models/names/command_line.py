@@ -17,6 +17,7 @@ from handgrad import CompileError, CrossEntropy, NonFiniteError, TrainStep, keep
 from names.checkpoint import checkpoint_of, refuse_to_lose, resume
 from names.data import Split, Vocabulary, fingerprint, minibatch, read_names, split_names
 from names.errors import InputError, require
+from names.export import export, exported_to
 from names.files import Files, refuse_paths
 from names.flags import parse_flags
 from names.inside import Inside, draw
@@ -58,11 +59,12 @@ def run_script(recipe: Recipe, args: argparse.Namespace, stop: Stop) -> int:
     run, resumed = begin(recipe, args, vocabulary, data, device)
     step = TrainStep(run.model, CrossEntropy(), run.optimizer)
     inside = Inside(run, step.loss, tripwire=args.tripwire, watch=args.watch is not None)
-    if args.compile:
+    if args.compile or args.export is not None:
         try:
-            step = step.compile()
+            compiled = step.compile()
         except CompileError as error:
             raise InputError(str(error)) from None
+        step = compiled if args.compile else step
     files, saved, failure = Files(), time.monotonic(), None
 
     def save() -> None:
@@ -105,6 +107,11 @@ def run_script(recipe: Recipe, args: argparse.Namespace, stop: Stop) -> int:
             failure = error
     save()
     stopped = stop.asked or failure is not None
+    if args.export is not None:
+        remark = f"after step {run.step:,}"
+        files.note(
+            "program", args.export, lambda: export(args.export, step, run.config.batch_size, splits["train"]), remark
+        )
     losses = show_results(run, splits, args, device, inside, files, stopped=stopped)
     problems, kept = list(files.failures.values()), ", ".join(["losses", *files.kept()])
     if failure is not None:
@@ -152,17 +159,21 @@ def first_not_finite(run: Run, losses: dict[str, float]) -> str | None:
 
 def refuse(args: argparse.Namespace) -> None:
     """Raise InputError, before any work, for what could only fail later."""
-    paths = {f"--{flag}": getattr(args, flag) for flag in ("data", "resume", "save", "report", "plot", "watch")}
-    refuse_paths({flag: path for flag, path in paths.items() if path is not None})
-    if args.overwrite and args.save is None:
-        raise InputError("--overwrite is about the file of --save; give that, too")
+    given = [(f"--{flag}", getattr(args, flag)) for flag in ("data", "resume", "save", "report", "plot", "watch")]
+    exported = [] if args.export is None else exported_to(args.export)
+    refuse_paths([(flag, path) for flag, path in given if path is not None] + [("--export", p) for p in exported])
+    for path in exported:
+        if path.exists() and not args.overwrite:
+            raise InputError(f"--export would replace {path}; export elsewhere, or replace it with --overwrite")
+    if args.overwrite and args.save is None and args.export is None:
+        raise InputError("--overwrite is about the files of --save and --export; give one of them, too")
     for flag in ("tripwire", "watch"):
         if args.compile and getattr(args, flag):
             raise InputError(
                 f"--{flag} looks inside the steps, and a compiled one cannot be looked into; omit --compile"
             )
     require("tqdm")
-    if args.save is not None or args.resume is not None:
+    if args.save is not None or args.resume is not None or exported:
         require("safetensors.torch")
     if args.plot is not None or args.watch is not None:
         require_pyplot()

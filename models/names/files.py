@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from names.errors import InputError
@@ -17,8 +18,12 @@ class Files:
 
     def write(self, kind: str, path: Path, content: bytes, remark: str = "") -> None:
         """Write a file of this kind, "report" for example; a remark says what of the run is in it."""
+        self.note(kind, path, lambda: write_atomically(path, content), remark)
+
+    def note(self, kind: str, path: Path, write: Callable[[], None], remark: str = "") -> None:
+        """Call what writes a file, and note that it did, or how it failed: by an InputError."""
         try:
-            write_atomically(path, content)
+            write()
         except InputError as error:
             self.failures[kind] = str(error)
             self.written.pop(kind, None)
@@ -55,17 +60,18 @@ def write_atomically(path: Path, content: bytes) -> None:
         raise InputError(f"cannot write {path}: {error.strerror or error}{kept}") from None
 
 
-def refuse_paths(paths: dict[str, Path]) -> None:
+def refuse_paths(paths: Sequence[tuple[str, Path]]) -> None:
     """Raise InputError, before any work, for files that could only fail later, or would replace each other.
 
-    The paths are by flag. `--data` and `--resume` are read, the others written; `--save` may replace what was resumed.
+    Each path comes with its flag. `--data` and `--resume` are read, the others written; `--save` may replace what was
+    resumed.
     """
     seen: dict[Path, str] = {}
-    for flag, path in paths.items():
+    for flag, path in paths:
         other = seen.setdefault(path.resolve(), flag)
         if other != flag and (other, flag) != ("--resume", "--save"):
             raise InputError(f"{other} and {flag} are the same file, {path}; give {flag} another one")
-    for flag, path in paths.items():
+    for flag, path in paths:
         if flag not in ("--data", "--resume"):
             try_to_write(path)
 

@@ -153,7 +153,14 @@ def parse_flags(recipe: Recipe, argv: Sequence[str] | None) -> argparse.Namespac
     result.add_argument(
         "--overwrite",
         action="store_true",
-        help="let --save replace the file that is there, whatever it holds: another run, or more steps of this one",
+        help="let --save and --export replace what is there, whatever it holds: another run, or more steps of this one",
+    )
+    result.add_argument(
+        "--export",
+        type=Path,
+        metavar="PATH.pt2",
+        help="after training, write the training step as a program that needs neither handgrad nor Python, and beside "
+        "it, in .safetensors files, the state that it goes on from and the training examples: see models/cpp",
     )
     result.add_argument("--plot", type=Path, metavar="PATH", help="draw the loss curve here (PNG)")
     result.add_argument(

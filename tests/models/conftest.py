@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from names.data import DATA
+from tests.models.building import build_train
 
 
 @pytest.fixture(scope="session")
@@ -15,3 +16,9 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("data") / "names.txt"
     path.write_text("\n".join(DATA.read_text().splitlines()[::40]))
     return path
+
+
+@pytest.fixture(scope="session")
+def cpp(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The program of models/cpp."""
+    return build_train(tmp_path_factory.mktemp("cpp"))

@@ -70,6 +70,7 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path: Path, capsys: pytest.Ca
     (tmp_path / "blank").write_text("\n \n\t\n")
     (tmp_path / "nul").write_bytes(b"em\0ma\nava\nmia\n")
     (tmp_path / "binary").write_bytes(bytes(range(256)))
+    (tmp_path / "dot.training.safetensors").write_text("")
     (tmp_path / "dot").write_text("emma\nst.john\nava\n")
     cases = [
         (["--data", tmp_path / "absent"], "cannot read the data file"),
@@ -86,7 +87,15 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path: Path, capsys: pytest.Ca
         (["--watch", tmp_path / "no" / "where"], "there is no directory"),
         (["--report", tmp_path], "it is a directory; give the path of a file"),
         (["--save", tmp_path / "z", "--plot", tmp_path / "z"], "--save and --plot are the same file"),
-        (["--overwrite"], "--overwrite is about the file of --save"),
+        (["--overwrite"], "--overwrite is about the files of --save and --export"),
+        (["--export", tmp_path / "step"], "--export: the path must end in .pt2, got"),
+        (["--export", tmp_path / "no" / "step.pt2"], "there is no directory"),
+        (["--export", tmp_path / "dot.pt2"], "--export would replace"),
+        (["--export", tmp_path / "z.pt2", "--save", tmp_path / "z.safetensors"], "--save and --export are the same"),
+        (
+            ["--export", tmp_path / "z.pt2", "--plot", tmp_path / "z.data.safetensors"],
+            "--plot and --export are the same",
+        ),
         (["--watch", tmp_path / "w.png", "--compile"], "--watch looks inside the steps"),
         (["--tripwire", "--compile"], "--tripwire looks inside the steps"),
     ]

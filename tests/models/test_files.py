@@ -94,9 +94,9 @@ def test_paths_that_could_only_fail_later(tmp_path: Path) -> None:
         (tmp_path / ("x" * 300), "File name too long"),
     ]:
         with pytest.raises(InputError) as error:
-            refuse_paths({"--plot": path})
+            refuse_paths([("--plot", path)])
         assert str(error.value) == f"cannot write {path}: {problem}"
-    refuse_paths({"--plot": tmp_path / "new", "--report": tmp_path / "there", "--data": tmp_path})
+    refuse_paths([("--plot", tmp_path / "new"), ("--report", tmp_path / "there"), ("--data", tmp_path)])
     assert [(each.name, each.read_text()) for each in tmp_path.iterdir()] == [("there", "before")]
 
 
@@ -105,7 +105,7 @@ def test_a_directory_that_is_read_only(tmp_path: Path) -> None:
     """As for a user."""
     tmp_path.chmod(0o555)
     with pytest.raises(InputError, match="Permission denied"):
-        refuse_paths({"--plot": tmp_path / "p"})
+        refuse_paths([("--plot", tmp_path / "p")])
     tmp_path.chmod(0o755)
 
 
@@ -117,7 +117,7 @@ def test_a_directory_that_refuses_a_file(tmp_path: Path, monkeypatch: pytest.Mon
 
     monkeypatch.setattr(Path, "open", refused)
     with pytest.raises(InputError, match=r"cannot write .*: Permission denied"):
-        refuse_paths({"--plot": tmp_path / "p"})
+        refuse_paths([("--plot", tmp_path / "p")])
 
 
 def test_two_flags_with_one_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -140,4 +140,4 @@ def test_two_flags_with_one_file(tmp_path: Path, capsys: pytest.CaptureFixture[s
                 == f"names_mlp: error: {first} and {second} are the same file, {path}; give {second} another one\n"
             )
             assert not z.exists()
-    refuse_paths({"--resume": z, "--save": z})
+    refuse_paths([("--resume", z), ("--save", z)])
