@@ -21,6 +21,8 @@ from steps import (
     autograd,
     by_jax,
     drawing,
+    exported,
+    exported_cpp,
     following,
     handgrad_loop,
     jax_batch_norm,
@@ -253,7 +255,10 @@ def rows_of(task: Task, wide: bool) -> list[Row]:
         ours, jax = f"handgrad, compiled, .many of {many:,} steps", f"JAX, scan of {many:,} steps"
         rows.append(Row(ours, partial(train_step, task, compiled=True, many=many), compiles=True))
         rows.append(Row(jax, partial(by_jax, task, many), compiles=True, needs="jax"))
-    return [*rows, Row("the notebook's literal loop", lambda: notebook(task))]
+    ours = "handgrad, exported, 32 steps a call, run by"
+    rows.append(Row(f"{ours} Python", lambda: exported(task, 32), compiles=True, needs="safetensors"))
+    cpp = Row(f"{ours} C++", lambda: exported_cpp(task, 32), compiles=True, needs="safetensors", program="cmake")
+    return [*rows, cpp, Row("the notebook's literal loop", lambda: notebook(task))]
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ its probes of the processor and its precompiled header (cold); and all that the 
 from __future__ import annotations
 
 import argparse
+import atexit
 import importlib
 import importlib.util
 import json
@@ -88,6 +89,7 @@ class Row:
     make: Callable[[], Contender]
     compiles: bool = False
     needs: str = "torch"  # the library, imported before any clock runs
+    program: str = ""  # that must be installed
 
 
 def drawing(task: Task, step: Callable[[Tensor, Tensor], Any], many: int = 1) -> Callable[[], Any]:
@@ -142,6 +144,68 @@ def train_step(task: Task, compiled: bool = False, many: int = 1) -> Contender:
         return {name: p.numpy().copy() for name, p in model.named_parameters()}
 
     return Contender(follow, drawing(task, step.many, many), many)
+
+
+def export(task: Task) -> Path:
+    """The step as a program, with the data, in a folder that goes with this process."""
+    from safetensors.torch import save_file
+
+    folder = tempfile.mkdtemp()
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    path, (x, y), model = Path(folder) / "step.pt2", task.tensors(), task.model(hg)
+    step = hg.TrainStep(model, hg.CrossEntropy(), hg.SGD(model.parameters(), lr=task.lr))
+    step.export(path, x[: task.batch], y[: task.batch])
+    save_file({"x": x, "target": y}, path.with_suffix(".data.safetensors"))
+    return path
+
+
+def exported(task: Task, many: int) -> Contender:
+    """The exported program, run by Python without a layer."""
+    from safetensors.torch import load_file
+
+    path, (x, y) = export(task), task.tensors()
+    program = torch._inductor.aoti_load_package(str(path))
+    names = json.loads(program.get_metadata()["inputs"])
+    model = load_file(path.with_suffix(".safetensors"))
+    tensors = {**load_file(path.with_suffix(".training.safetensors")), **model, "first": torch.tensor(0)}
+
+    def step(xs: Tensor, ys: Tensor) -> None:
+        inputs = {**tensors, "x": xs, "target": ys, "last": torch.tensor(len(xs))}
+        program.loader.run([inputs[name] for name in names])
+
+    def follow(rows: np.ndarray) -> Weights:
+        step(x[torch.from_numpy(rows)], y[torch.from_numpy(rows)])
+        return {name: model[name].numpy().copy() for name in task.weights}
+
+    return Contender(follow, drawing(task, step, many), many)
+
+
+def exported_cpp(task: Task, many: int) -> Contender:
+    """The exported program, run by models/cpp, which draws the minibatches and times itself."""
+    from safetensors.torch import load_file, save_file
+
+    path = export(task)
+    source, build = Path(__file__).parents[1] / "models" / "cpp", path.parent / "build"
+    prefix = f"-DCMAKE_PREFIX_PATH={torch.utils.cmake_prefix_path}"
+    for command in (["cmake", "-S", str(source), "-B", str(build), prefix], ["cmake", "--build", str(build)]):
+        subprocess.run(command, check=True, capture_output=True)
+
+    def train(*options: object) -> str:
+        command = [str(build / "train"), str(path), "--steps-per-call", str(many), *map(str, options)]
+        env = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+        return subprocess.run(command, check=True, capture_output=True, text=True, env=env).stdout
+
+    def follow(rows: np.ndarray) -> Weights:
+        given, trained = path.with_name("rows.safetensors"), path.with_name("trained.safetensors")
+        save_file({"rows": torch.from_numpy(rows)}, given)
+        train("--rows", given, "--save", trained)
+        return {name: t.numpy() for name, t in load_file(trained).items() if name in task.weights}
+
+    def clock(n: int) -> tuple[float]:
+        line = next(line for line in train("--steps", max(200, n) * many).splitlines() if "us a step" in line)
+        return (float(line.split()[0]) * 1e-6 * many * n,)
+
+    return Contender(follow, lambda: train("--steps", many), many, clock)
 
 
 def autograd(task: Task, compiled: bool = False, **options: Any) -> Contender:
@@ -362,8 +426,10 @@ def main(doc: str, task_of: Callable[[bool], Task], rows_of: Callable[[Task, boo
     wanted = [part for part in args.only.split(";") if part]
     rows = [row for row in rows if not wanted or any(part in row.name for part in ("autograd", *wanted))]
     for row in list(rows):
-        if importlib.util.find_spec(row.needs) is None:
-            print(f"{row.name}: left out, for {row.needs} is not installed")
+        missing = [row.needs] if importlib.util.find_spec(row.needs) is None else []
+        missing += [row.program] if row.program and shutil.which(row.program) is None else []
+        if missing:
+            print(f"{row.name}: left out, for {missing[0]} is not installed")
             rows.remove(row)
     env = environment()
     print(f"{env['machine']}, torch {env['torch']}: {task.title}, {args.threads} thread(s)", flush=True)
