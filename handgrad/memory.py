@@ -12,9 +12,11 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from handgrad.errors import ArgumentError
+from handgrad.errors import ArgumentError, StateError
 from handgrad.layer import Layer
+from handgrad.optim import SGD, hooked
 from handgrad.records import tensors_in
+from handgrad.watch import attach, detach
 
 
 class Recompute(Layer):
@@ -114,6 +116,116 @@ class _Earlier:
                 vars(layer).update(attributes)
             for g, state in states:
                 g.set_state(state)
+
+
+ONE_BY_ONE = {
+    SGD,
+    torch.optim.SGD,
+    torch.optim.Adadelta,
+    torch.optim.Adafactor,
+    torch.optim.Adagrad,
+    torch.optim.Adam,
+    torch.optim.Adamax,
+    torch.optim.AdamW,
+    torch.optim.ASGD,
+    torch.optim.NAdam,
+    torch.optim.RAdam,
+    torch.optim.RMSprop,
+    torch.optim.Rprop,
+    getattr(torch.optim, "Muon", SGD),  # of torch 2.9 and newer
+}
+"""The optimizers that update each parameter by what they know of it alone: so some may be updated before others."""
+
+
+class Release:
+    """A backward inside which each parameter is updated, and its gradient freed, as soon as that is complete.
+
+    A gradient is complete when no layer that holds the parameter has a record left, nor any layer around one of them:
+    then nobody will add to it. The layer that added last may still read the parameter, until the backward of a layer
+    that is not inside it begins: then the parameter is updated. What is left at the end is updated then.
+
+    It is a watcher of the layers of model and loss. Raises ArgumentError for an optimizer that may look at all
+    parameters at once, or whose step has hooks; StateError where a gradient comes after the update.
+    """
+
+    def __init__(self, model: Layer, loss: Layer, optimizer: torch.optim.Optimizer) -> None:
+        if type(optimizer) not in ONE_BY_ONE:
+            known = "handgrad's SGD, or one of torch.optim but LBFGS and SparseAdam"
+            problem = f"the optimizer must be known to update each parameter by itself: {known}"
+            self._refuse(f"{problem}; got {type(optimizer).__name__}")
+        self.model, self.loss, self.optimizer = model, loss, optimizer
+        self._refuse_hooks()
+        self.layers = list({id(layer): layer for part in (model, loss) for _, layer in part.named_layers()}.values())
+        self.inside = {id(layer): {id(inner) for _, inner in layer.named_layers()} for layer in self.layers}
+        self.holders: dict[int, list[Layer]] = {}  # of each parameter: the layers with it, and those around them
+        for layer in self.layers:
+            for p in layer.parameters():
+                self.holders.setdefault(id(p), []).append(layer)
+        self.groups: dict[int, dict[str, Any]] = {}  # of each parameter: its group in the optimizer
+        self.waiting: dict[int, tuple[Tensor, list[Layer]]] = {}  # with a gradient, and the layers that added to it
+        self.updated: set[int] = set()
+
+    def __reduce__(self) -> Any:
+        """A copy is of the copied layers, none of which has the ids that this one knows."""
+        return Release, (self.model, self.loss, self.optimizer)
+
+    def __enter__(self) -> None:
+        self._refuse_hooks()
+        self.groups = {id(p): group for group in self.optimizer.param_groups for p in group["params"]}
+        self.waiting, self.updated = {}, set()
+        attach(self, self.layers)
+
+    def __exit__(self, kind: Any, *_: object) -> None:
+        detach(self, self.layers)
+        if kind is None:
+            self._update([p for p, _ in self.waiting.values()])
+
+    def saw_out(self, layer: Layer, out: Any) -> None:
+        """Forwards, of Recompute, make no gradient complete."""
+
+    def saw_dout(self, layer: Layer, dout: Any) -> None:
+        """Another backward begins: those outside of it that are through are through with their parameters."""
+        if self.waiting:
+            self._update([p for p, adders in self.waiting.values() if self._is_complete(p, adders, layer)])
+
+    def saw_grad(self, layer: Layer, param: Tensor, grad: Tensor) -> None:
+        """The parameter has a gradient now, or more of it."""
+        if id(param) in self.updated:
+            problem = f"a gradient of {layer._name_of(param)} comes after the parameter was updated, for no layer that "
+            problem += "holds it had a forward waiting; leave out release_gradients"
+            raise layer.error(StateError, "backward", problem)
+        self.waiting.setdefault(id(param), (param, []))[1].append(layer)
+
+    def _is_complete(self, param: Tensor, adders: list[Layer], beginning: Layer) -> bool:
+        if any(id(beginning) in self.inside[id(layer)] for layer in adders):
+            return False
+        return not any(layer._records for layer in self.holders[id(param)])
+
+    def _update(self, params: list[Tensor]) -> None:
+        """The optimizer's step, as if it had no other parameters."""
+        parts: dict[int, dict[str, Any]] = {}
+        for p in params:
+            group = self.groups.get(id(p))
+            if group is not None:
+                parts.setdefault(id(group), {**group, "params": []})["params"].append(p)
+        if parts:
+            whole = self.optimizer.param_groups
+            self.optimizer.param_groups = list(parts.values())
+            try:
+                self.optimizer.step()
+            finally:
+                self.optimizer.param_groups = whole
+        for p in params:
+            p.grad = None
+            del self.waiting[id(p)]
+            self.updated.add(id(p))
+
+    def _refuse_hooks(self) -> None:
+        if hooked(self.optimizer):
+            self._refuse("the optimizer must have no step hooks, for it makes many steps of some parameters each")
+
+    def _refuse(self, problem: str) -> None:
+        raise ArgumentError(f"TrainStep(release_gradients=True): {problem}")
 
 
 def _bytes(t: Tensor) -> bytes:
