@@ -51,11 +51,14 @@ TASKS = {
 }
 SEGMENTS = (5, 4, 3, 2, 1, 1)  # of the MLP's 16 pairs: shorter where the inputs of more segments are there
 BLOCKS = 12
-RELEASED, RECOMPUTED, BOTH = ", gradients released", ", Recompute", ", Recompute, gradients released"
-CHECKPOINT, HOOKS = ", torch.utils.checkpoint", ", torch.utils.checkpoint, update in hooks"
 DEEP_CONTENDERS = (
-    *("handgrad" + options for options in ("", RELEASED, RECOMPUTED, BOTH)),
-    *("torch.nn, autograd" + options for options in ("", CHECKPOINT, HOOKS)),
+    "handgrad",
+    "handgrad, release_gradients",
+    "handgrad, Recompute",
+    "handgrad, Recompute and release_gradients",
+    "torch.nn, autograd",
+    "torch.nn, checkpoint",
+    "torch.nn, checkpoint, update in hooks",
 )
 
 HEAD = ["contender", "resident memory rises by", "tensors at the most", "page faults a step", "fastest step"]
@@ -178,15 +181,15 @@ def bytes_of(tensors: Iterable[Tensor]) -> int:
     return sum(t.nbytes for t in tensors)
 
 
-def deep_step(task: str, name: str) -> tuple[Callable[[], Any], Callable[[], dict[str, int]]]:
-    """What does a step of a deep model, and what then tells the bytes it has to hold."""
+def deep_step(task: str, name: str) -> tuple[list[Tensor], Callable[[], Any], Callable[[], dict[str, int]]]:
+    """The parameters of a deep model, what does a step, and what then tells the bytes it has to hold."""
     optimizer_of = torch.optim.AdamW if task == "gpt" else hg.SGD
     if name.startswith("handgrad"):
-        wrap = hg.Recompute if RECOMPUTED in name else (lambda body: body)
+        wrap = hg.Recompute if "Recompute" in name else (lambda body: body)
         model, x, y = deep_model(task, hg, lambda *body: wrap(hg.Sequential(*body)))
         loss = hg.CrossEntropy() if task == "gpt" else hg.MSE()
         optimizers = [optimizer_of(model.parameters(), lr=0.01)]
-        run = hg.TrainStep(model, loss, optimizers[0], release_gradients=RELEASED in name)
+        run = hg.TrainStep(model, loss, optimizers[0], release_gradients="release" in name)
         params = list(model.parameters())
 
         def step() -> None:
@@ -200,26 +203,27 @@ def deep_step(task: str, name: str) -> tuple[Callable[[], Any], Callable[[], dic
             return found
 
     else:
-        model, x, y = deep_model(task, nn, Checkpoint if CHECKPOINT in name else nn.Sequential)
+        model, x, y = deep_model(task, nn, Checkpoint if "checkpoint" in name else nn.Sequential)
         loss_of = F.cross_entropy if task == "gpt" else F.mse_loss
         params = list(model.parameters())
-        optimizers = [optimizer_of([p], lr=0.01) for p in params] if HOOKS in name else [optimizer_of(params, lr=0.01)]
+        optimizers = (
+            [optimizer_of([p], lr=0.01) for p in params] if "hooks" in name else [optimizer_of(params, lr=0.01)]
+        )
         own = dict(zip(params, optimizers))
 
         def update(p: Tensor) -> None:
             own[p].step()
             own[p].zero_grad()
 
-        for p in params if HOOKS in name else ():
+        for p in params if "hooks" in name else ():
             p.register_post_accumulate_grad_hook(update)
 
         def step() -> None:
-            loss = loss_of(model(x), y)
-            if HOOKS in name:
-                loss.backward()
+            if "hooks" in name:
+                loss_of(model(x), y).backward()
             else:
                 optimizers[0].zero_grad()
-                loss.backward()
+                loss_of(model(x), y).backward()
                 optimizers[0].step()
 
         def recorded() -> int:
@@ -229,15 +233,17 @@ def deep_step(task: str, name: str) -> tuple[Callable[[], Any], Callable[[], dic
         state = [t for opt in optimizers for own in opt.state.values() for t in own.values() if isinstance(t, Tensor)]
         return {"held": bytes_of(params) + bytes_of(state), "bare": bytes_of(params) + recorded()}
 
-    return step, held
+    return params, step, held
 
 
 def one_deep(task: str, name: str) -> None:
     """Measure one contender of a deep model in this process; print the result as JSON."""
     torch.manual_seed(0)
     torch.set_num_threads(1)
-    step, held = deep_step(task, name)
+    params, step, held = deep_step(task, name)
     step()  # makes the optimizer's state
+    for p in params:
+        p.grad = None
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     before = resident("VmRSS")
@@ -248,7 +254,10 @@ def one_deep(task: str, name: str) -> None:
         step()
         times.append(time.perf_counter() - begun)
     result = {"task": task, "contender": name, "resident_rise": resident("VmHWM") - before, "seconds": min(times)}
-    print(json.dumps({**result, **held(), "tensor_peak": peak_bytes(step)}))
+    for p in params:
+        p.grad = None
+    peak = peak_bytes(lambda: (step(), step()))  # in the second one, gradients of the first may still be there
+    print(json.dumps({**result, **held(), "tensor_peak": peak}))
 
 
 def measured(*arguments: str, **environment: str) -> dict[str, Any]:
