@@ -34,7 +34,7 @@ from handgrad.losses.linear_cross_entropy import LinearCrossEntropy
 from handgrad.losses.loss import Loss
 from handgrad.losses.mse import MSE
 from handgrad.losses.several import Losses
-from handgrad.memory import keep_freed_memory
+from handgrad.memory import Recompute, keep_freed_memory
 from handgrad.optim import SGD
 from handgrad.statistics import Statistics
 from handgrad.train import TrainStep
@@ -93,6 +93,7 @@ __all__ = [
     "RMSNorm",
     "RNNCell",
     "ReLU",
+    "Recompute",
     "Residual",
     "SelfAttention",
     "Sequential",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import sys
 from os import PathLike
@@ -17,7 +18,7 @@ from handgrad.export import write
 from handgrad.fingerprint import Fingerprint
 from handgrad.layer import ONE_THREAD, Layer, is_any_autocast_enabled, is_frozen
 from handgrad.losses.loss import Loss
-from handgrad.memory import Snapshot
+from handgrad.memory import Release, Snapshot
 from handgrad.minibatches import ends_of_alike, joined, length, minibatches, taken_apart
 from handgrad.optim import SGD, hooked
 from handgrad.program import SCHEDULED, Program, Progress, Stage, Traced, begin, compiled, numbers, trace
@@ -41,6 +42,12 @@ class TrainStep:
     (torch.nn.utils.clip_grad_norm_). With `accumulate` above 1 a step takes so many minibatches, ``x[a]`` and
     ``target[a]``, one after the other, and updates once: for a mean, by the mean of their losses, so that equally large
     ones give the gradient of all joined; for a sum, by their sum.
+
+    With `release_gradients` each parameter is updated as soon as its gradient is complete, while the backward of the
+    rest still runs, and the gradient is freed: few are there at once, and after the step `.grad` is None. The results
+    are the same, bit by bit; but a step that fails in its backward may have updated some parameters. There is then no
+    `max_norm`, which needs all gradients, no `accumulate`, no compile(), and no optimizer but SGD and those of
+    torch.optim that update each parameter by itself (all but LBFGS and SparseAdam), without step hooks.
 
     ``step.many(xs, targets)`` does the steps of several minibatches, ``step.compile()`` gives the same two calls as one
     compiled program. Any optimizer of torch.optim can be used whose `step()` needs no closure; the
@@ -71,6 +78,7 @@ class TrainStep:
         *,
         max_norm: float | None = None,
         accumulate: int = 1,
+        release_gradients: bool = False,
     ) -> None:
         if not isinstance(loss, Loss):
             problem = f"a loss of handgrad, such as CrossEntropy(), got {type(loss).__name__}"
@@ -82,6 +90,14 @@ class TrainStep:
         self.model, self.loss, self.optimizer = model, loss, optimizer
         self.max_norm = None if max_norm is None else float(number(self, "max_norm", max_norm, 0))
         self.accumulate = integer(self, "accumulate", accumulate)
+        if release_gradients and (max_norm is not None or self.accumulate > 1):
+            problem = (
+                "needs the gradients of all parameters" if max_norm is not None else "adds to them in each minibatch"
+            )
+            option = "max_norm" if max_norm is not None else "accumulate"
+            problem = f"no {option}, which {problem}; choose one of the two"
+            raise ArgumentError(f"TrainStep: with release_gradients there must be {problem}")
+        self._release = Release(model, loss, optimizer) if release_gradients else None
         both = (*model.parameters(), *loss.parameters())  # a loss may have some, or share the model's
         self.params = list({id(p): p for p in both}.values())
         updated = {id(p) for group in optimizer.param_groups for p in group["params"]}
@@ -103,7 +119,8 @@ class TrainStep:
                 self.loss.drop_records()
                 self.buffers.put_back()
                 raise
-            self.optimizer.step()
+            if self._release is None:
+                self.optimizer.step()
         finally:
             del _at_work[id(self.model)]
         return out
@@ -178,6 +195,7 @@ class TrainStep:
         """
         if torch.__version__ < COMPILING:
             _refuse_old("export")
+        self._refuse_releasing("export")
         if any(p.device.type == "cpu" for p in self.params):
             _require_compiler("export")
         if not _in_program(self.optimizer):
@@ -212,7 +230,7 @@ class TrainStep:
             )
             out = losses.mean() if self._mean else losses.sum()
         params = self.params
-        if params and params[0].grad is None:
+        if params and params[0].grad is None and not (self._release and self._release.updated):
             _refuse_no_gradient(params)
         if self.accumulate > 1 or self.max_norm is not None:
             self._finish([p for p in params if p.grad is not None])
@@ -224,7 +242,8 @@ class TrainStep:
         if first:
             for param in self.params:
                 param.grad = None
-        self.model.backward_at(None, self.loss.backward(), need_dx=False)
+        with self._release or contextlib.nullcontext():
+            self.model.backward_at(None, self.loss.backward(), need_dx=False)
         return out
 
     def _finish(self, params: list[Tensor]) -> None:
@@ -292,6 +311,11 @@ class TrainStep:
             del _at_work[id(model)]
             self._refuse_leftovers()
 
+    def _refuse_releasing(self, what: str) -> None:
+        if self._release is not None:
+            problem = "a program gives all gradients back at its end; leave out release_gradients"
+            raise ArgumentError(f"TrainStep.{what}: {problem}")
+
     def _refuse_leftovers(self) -> None:
         for layer in (self.model, self.loss):
             if layer._records:
@@ -305,6 +329,7 @@ class CompiledTrainStep(TrainStep):
     def __init__(self, step: TrainStep, progress: bool | None) -> None:
         if torch.__version__ < COMPILING:
             _refuse_old("compile")
+        step._refuse_releasing("compile")
         if any(p.device.type == "cpu" for p in step.params):
             _require_compiler("compile")
         super().__init__(step.model, step.loss, step.optimizer, max_norm=step.max_norm, accumulate=step.accumulate)

@@ -56,6 +56,7 @@ from torch.nn import (  # noqa: F401 - the same under the same name
     Upsample,
 )
 from torch.nn.functional import cross_entropy
+from torch.utils.checkpoint import checkpoint
 
 import handgrad
 from handgrad.layer import Layer, arity
@@ -221,6 +222,17 @@ class Constant(_Container):
     def forward(self, x: Any) -> Any:
         with torch.no_grad():
             return _call(self.body, x)
+
+
+class Recompute(_Container):
+    """torch.utils.checkpoint."""
+
+    def __init__(self, body: nn.Module) -> None:
+        super().__init__()
+        self.body = body
+
+    def forward(self, x: Any) -> Any:
+        return checkpoint(_call, self.body, x, use_reentrant=False)
 
 
 class _Branches(_Container, nn.ModuleList):
@@ -524,6 +536,7 @@ _twin(
     lambda N, D, dtype: (rows(N, D, dtype) + rows(N, D, dtype),),
     arithmetic=False,
 )
+_twin("Recompute", lambda lib, D: lib.Recompute(lib.Sequential(lib.Linear(D, D), lib.Tanh())), arithmetic=False)
 _twin(
     "Constant",
     lambda lib, D: lib.Sequential(lib.Constant(lib.Embedding(D, D)), lib.Linear(D, D)),

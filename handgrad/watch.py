@@ -8,14 +8,14 @@ there its own forward and backward are wrapped for as long.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeAlias
 
 from torch import Tensor
 
 from handgrad.errors import ArgumentError, NonFiniteError
-from handgrad.layer import Layer
+from handgrad.layer import Layer, Watcher
 from handgrad.records import tensors_in
 
 Look: TypeAlias = Callable[[str, Layer, Tensor], None]
@@ -69,6 +69,18 @@ def watch(
             watcher.end()
 
 
+def attach(watcher: Watcher, layers: Iterable[Layer]) -> None:
+    """Let the watcher see what passes through the layers."""
+    for layer in layers:
+        layer._watchers = (*layer._watchers, watcher)
+
+
+def detach(watcher: Watcher, layers: Iterable[Layer]) -> None:
+    """Let it see nothing of them any more."""
+    for layer in layers:
+        layer._watchers = tuple(w for w in layer._watchers if w is not watcher)
+
+
 class _Watcher:
     """Hands what passes through the layers of one model to the functions that want it, with paths."""
 
@@ -81,14 +93,12 @@ class _Watcher:
         self.x, self.out, self.dout, self.grad, self.dx = x, out, dout, grad, dx
 
     def begin(self) -> None:
-        for layer in self.layers:
-            layer._watchers = (*layer._watchers, self)
+        attach(self, self.layers)
         if self.x or self.dx:
             vars(self.model).update(_watched_ends(self.model))
 
     def end(self) -> None:
-        for layer in self.layers:
-            layer._watchers = tuple(w for w in layer._watchers if w is not self)
+        detach(self, self.layers)
         if not any(isinstance(w, _Watcher) and w.model is self.model and (w.x or w.dx) for w in self.model._watchers):
             for name in ("forward", "backward"):
                 vars(self.model).pop(name, None)

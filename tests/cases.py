@@ -717,6 +717,23 @@ def written_out(layer: hg.Sum, x: Tensor) -> Tensor:
 
 case("Sum with a shared layer", "*N D", shared, reference=written_out)
 
+# ---------------------------------------------------------------------- memory.py
+case(
+    "Recompute",
+    "N D",
+    lambda lib, D, H: lib.Recompute(lib.Sequential(lib.Linear(D, H), lib.BatchNorm1d(H), lib.Tanh())),
+)
+case(
+    "Recompute of several inputs",
+    ["N D", "M"],
+    lambda lib, D: lib.Recompute(lib.Parallel(lib.Linear(D, D), lib.Tanh())),
+)
+case(
+    "Recompute in Recompute",
+    "*N < V",
+    lambda lib, V, D: lib.Recompute(lib.Sequential(lib.Embedding(V, D), lib.Recompute(lib.Linear(D, D)), lib.Tanh())),
+)
+
 # ---------------------------------------------------------------------- bridge.py
 case(
     "from_torch Linear",

@@ -162,7 +162,7 @@ def test_a_round_whose_difference_is_not_above_zero_widens_the_interval():
 def test_what_only_calls_others_is_measured_on_request():
     by_default = {twin.name for twin in chosen(None, None)}
     others = {"Identity", "Residual", "Sum", "Product", "Concat", "Parallel", "Sequential", "from_torch"}
-    others |= {"Constant", "Graph", "Losses"}
+    others |= {"Constant", "Graph", "Losses", "Recompute"}
     assert by_default == TWINS.keys() - others
     assert [twin.name for twin in chosen(["Residual"], None)] == ["Residual"]
 

@@ -252,6 +252,15 @@ faults(
     ("the record looked at, not taken", "self.pop(dout)", "self._records[-1][0]", "reuse"),
 )
 faults(
+    hg.Recompute,
+    ("without the second forward", "before is not None", "False"),
+    ("the buffers of now", "before.again(), ", "", "ownership"),
+    ("no dx", "return self.body", "self.body"),
+    ("dout doubled", '"body", dout, need_dx', '"body", plus(dout, dout), need_dx'),
+    ("dout written to", "# out = body(x)", "dout.mul_(1)", "ownership"),
+    ("the record looked at, not taken", "self.pop(dout)", "self._records[-1][0]", "accumulation"),
+)
+faults(
     hg.Add,
     ("averaged", "[dout] * count", "[dout / count] * count"),
     ("the first input alone", "[dout] * count", "[dout, *[0 * dout] * (count - 1)]"),
