@@ -256,7 +256,7 @@ def one_deep(task: str, name: str) -> None:
     result = {"task": task, "contender": name, "resident_rise": resident("VmHWM") - before, "seconds": min(times)}
     for p in params:
         p.grad = None
-    peak = peak_bytes(lambda: (step(), step()))  # in the second one, gradients of the first may still be there
+    peak = peak_bytes(lambda: (step(), step()))  # gradients of the first may still be there in the second
     print(json.dumps({**result, **held(), "tensor_peak": peak}))
 
 

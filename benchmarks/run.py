@@ -166,10 +166,10 @@ def deep_memory(data: dict[str, Any]) -> tuple[str, Sequence[Sequence[str]], lis
         rows += [[title, *row] for row in deep_rows(data["results"], task)]
     notes = [
         "Each in a fresh process, one thread. Tensors at the most are parameters, optimizer state and what a step",
-        "makes, at its highest moment between two operations; the gradients of the step before are among them until",
-        "they are cleared. The bare minimum is that of a step that keeps everything: parameters, optimizer state,",
-        "gradients, and what backward needs. Resident memory is above what it was before the steps. The MLP's 16 pairs",
-        "are recomputed in segments of 5, 4, 3, 2, 1 and 1, the GPT block by block.",
+        "makes, at its highest moment between two operations. The bare minimum is that of a step that keeps everything",
+        "till its end: parameters, optimizer state, gradients, and what backward needs. Resident memory is above what",
+        "it was before the steps. The MLP's 16 pairs are recomputed in segments of 5, 4, 3, 2, 1 and 1, the GPT block",
+        "by block.",
     ]
     return "Peak memory of deep models, without and with Recompute and release_gradients", rows, notes
 

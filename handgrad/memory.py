@@ -30,10 +30,13 @@ class Recompute(Layer):
     Source:    Chen et al. 2016, arXiv:1604.06174
 
     It costs a second forward, and saves all that body would record from forward to backward: of a deep model of such
-    blocks only the inputs are there at once, and the records of one block. All results are those of body alone, bit by
-    bit: the second forward draws the same random numbers, from generators that the layers hold and from torch's global
-    ones, works on the buffers as they were, and leaves everything as it was before; nobody who watches sees it.
-    (Python's and NumPy's generators, and what else is no attribute of a layer, are not put back.)
+    blocks only the inputs are there at once, and the records of one block. Several layers make a good body: one that
+    records little beside its input saves nothing.
+
+    All results are those of body alone, bit by bit: the second forward draws the same random numbers, from generators
+    that the layers hold and from torch's global ones for CPU and CUDA; it works on the buffers as they were, and leaves
+    everything as it was before; nobody who watches sees it. (Python's and NumPy's generators, and what else is no
+    attribute of a layer, are not put back.)
 
     In a compiled step it is body itself, which keeps what the compiler decides to keep.
 

@@ -31,7 +31,7 @@ _at_work: dict[int, object] = {}  # by the id of a model: the call of a step tha
 class TrainStep:
     """Forward, loss, backward and update: ``loss_value = step(x, target)``.
 
-    The gradients are cleared before the backward, so each step stands alone, and stay in `.grad` after the update.
+    The gradients are cleared at the beginning, so each step stands alone, and stay in `.grad` after the update.
 
     A step that fails before its update (an input is refused, by the loss or by a layer in the middle; Ctrl-C) changes
     nothing: no record is left behind, and buffers, such as the running statistics of a batch norm before the layer that
@@ -237,11 +237,11 @@ class TrainStep:
         return out
 
     def _forward_backward(self, x: Any, target: Any, first: bool = True) -> Tensor:
-        """Forward, loss and backward of one minibatch; before the first of a step, earlier gradients are cleared."""
-        out: Tensor = self.loss.forward(self.model.forward_at(None, x), target)
+        """Forward, loss and backward of one minibatch; before the first of a step, earlier gradients are freed."""
         if first:
             for param in self.params:
                 param.grad = None
+        out: Tensor = self.loss.forward(self.model.forward_at(None, x), target)
         with self._release or contextlib.nullcontext():
             self.model.backward_at(None, self.loss.backward(), need_dx=False)
         return out

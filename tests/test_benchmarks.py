@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 np = pytest.importorskip("numpy")
 
@@ -158,3 +159,32 @@ def test_the_readme_of_the_results_is_made_of_them(script):
     results = BENCHMARKS / "results"
     assert json.loads((results / "deep.json").read_text())["task"].startswith("16 x (Linear(64, 64)")
     assert script("run").markdown(results) == (results / "README.md").read_text()
+
+
+def test_what_saves_memory_does_and_needs_half_at_the_most(script):
+    """Of 1,024 rows, by the tensors that a step makes; the parameters move as they do without."""
+    memory = script("memory")
+    peaks, moved = {}, {}
+    for name in memory.DEEP_CONTENDERS:
+        torch.manual_seed(0)
+        params, step, held = memory.deep_step("mlp1024", name)
+        before = [p.detach().clone() for p in params]
+        peaks[name] = memory.peak_bytes(step)
+        moved[name] = sum(float((p.detach() - q).norm()) for p, q in zip(params, before))
+        assert held()["held"] == sum(p.nbytes for p in params)
+    ours = memory.DEEP_CONTENDERS[:4]
+    assert len({moved[name] for name in ours}) == 1
+    assert peaks["handgrad, Recompute and release_gradients"] < peaks["handgrad"] / 2
+    assert peaks["handgrad, Recompute and release_gradients"] < min(peaks[name] for name in ours[:3])
+
+
+def test_the_gpt_is_recomputed_block_by_block(script, monkeypatch):
+    memory = script("memory")
+    monkeypatch.setattr(memory, "BLOCKS", 2)
+    counts = {}
+    for name in ("handgrad, Recompute", "torch.nn, checkpoint"):
+        params, step, held = memory.deep_step("gpt", name)
+        step()
+        counts[name] = [tuple(p.shape) for p in params]
+        assert held()["held"] >= 3 * sum(p.nbytes for p in params)  # AdamW's two averages beside each
+    assert counts["handgrad, Recompute"] == counts["torch.nn, checkpoint"]

@@ -555,7 +555,8 @@ def test_copies_and_pickles_of_a_releasing_step_train_their_own_model():
     for other in others:
         assert not equal([*other.model.parameters()], [*model.parameters()])
         other(x, y)
-        assert equal([*other.model.parameters()], [*model.parameters()])
+        for ours, theirs in zip(other.model.parameters(), model.parameters()):
+            torch.testing.assert_close(ours, theirs)  # memory at another address may be rounded another way
 
 
 def test_what_cannot_be_released_is_refused():
