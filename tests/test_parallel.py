@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import os
 import time
 
@@ -16,7 +17,6 @@ from handgrad import (
     MSE,
     SGD,
     ArgumentError,
-    BatchNorm1d,
     CompileError,
     CrossEntropy,
     Embedding,
@@ -32,7 +32,6 @@ from handgrad import (
     broadcast_model,
     to_torch,
 )
-from handgrad.parallel import Processes
 from tests.processes import results, together
 
 V = 5
@@ -87,11 +86,8 @@ def gru():
 
 def sometimes():
     g = torch.Generator().manual_seed(0)
-    layers = [Embedding(V, 3, generator=g), Flatten(), Sometimes(6), Linear(6, V, generator=g)]
-    unused = Linear(2, 2, generator=g)
-    model = Sequential(*layers).to(torch.float64)
-    model.beside = unused.to(torch.float64)  # found among the parameters, and used by nobody
-    return model
+    layers = [Embedding(V, 3, generator=g), Flatten(), Sometimes(6), Idle(), Linear(6, V, generator=g)]
+    return Sequential(*layers).to(torch.float64)
 
 
 def unused():
@@ -182,6 +178,11 @@ def trained(rank, world, scenario, how, group=None):
     return grads, torch.stack(losses), model.state_dict()
 
 
+@functools.cache
+def alone(scenario):
+    return trained(0, 1, scenario, "even")
+
+
 def all_of(rank, world, names, ways):
     return {(name, how): trained(rank, world, name, how, True) for name in names for how in ways}
 
@@ -191,7 +192,7 @@ def compare(found, world):
     worst = [0.0, 0.0]
     for result in found:
         for (name, how), (grads, losses, state) in result.items():
-            expected_grads, expected_losses, expected_state = trained(0, 1, name, "even")
+            expected_grads, expected_losses, expected_state = alone(name)
             assert [g is None for g in grads] == [g is None for g in expected_grads], (name, how)
             for g, e in zip(grads, expected_grads):
                 if g is not None:
@@ -225,7 +226,8 @@ def by_hand(rank, world, how):
     if rank > 0:
         for p in model.parameters():
             p.zero_()
-    broadcast_model(model)
+    if world > 1:
+        broadcast_model(model)
     x, y = data("mlp")
     a, b = cuts(world, how)[rank : rank + 2]
     optimizer, first = SGD(model.parameters(), lr=0.1), None
@@ -253,7 +255,7 @@ def averaged_in_small_buckets(rank, world):
 def test_average_gradients_between_backward_and_update(world):
     """A parameter that one process alone has a gradient of gets it everywhere; one that nobody has stays None."""
     expected, weights = by_hand(0, 1, "even")
-    assert expected["beside.weight"] is None
+    assert expected["3.weight"] is None
     for found, small in results(world, averaged_in_small_buckets):
         for first, state in (*found.values(), small):
             for name, e in expected.items():
@@ -261,3 +263,236 @@ def test_average_gradients_between_backward_and_update(world):
                 if e is not None:
                     assert float((first[name] - e).abs().max()) < GRADIENT
             assert all(float((state[key] - w).abs().max()) < WEIGHT for key, w in weights.items())
+
+
+# ---------------------------------------------------------------------- what goes wrong
+
+
+def test_without_a_process_group():
+    model = mlp()
+    text = r": torch\.distributed has no process group; call torch\.distributed\.init_process_group first, in every pro"
+    with pytest.raises(StateError, match="average_gradients" + text):
+        average_gradients(model, 3)
+    with pytest.raises(StateError, match="broadcast_model" + text):
+        broadcast_model(model)
+    with pytest.raises(StateError, match="TrainStep" + text):
+        TrainStep(model, CrossEntropy(), SGD(model.parameters()), process_group=True)
+    with pytest.raises(StateError, match="SyncBatchNorm" + text):
+        SyncBatchNorm(3, process_group=object())
+
+
+@pytest.fixture
+def alone_in_a_group():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("alone_in_a_group")
+def test_arguments(monkeypatch):
+    model = mlp()
+    for rows in (-1, True, "3", float("nan"), float("inf")):
+        with pytest.raises(ArgumentError, match="average_gradients: rows must be a number from 0 on, got"):
+            average_gradients(model, rows)
+    text = r"the process group must be one of torch\.distributed, and this process be in it; got 3"
+    with pytest.raises(ArgumentError, match=text):
+        average_gradients(model, 1, 3)
+    with pytest.raises(ArgumentError, match=text):
+        TrainStep(model, CrossEntropy(), SGD(model.parameters()), process_group=3)
+    step = TrainStep(model, CrossEntropy(), SGD(model.parameters(), lr=0.1), process_group=True)
+    text = "messages to other processes are no part of a program; use the step as it is, or without a process_group"
+    with pytest.raises(CompileError, match=r"TrainStep\.compile: " + text):
+        step.compile()
+    x, y = torch.ones(4, 2, dtype=torch.int64), torch.ones(4, dtype=torch.int64)
+    with pytest.raises(CompileError, match=r"TrainStep\.export: " + text):
+        step.export("step", x, y)
+    twin = copy.deepcopy(step)
+    assert step(x, y).equal(twin(x, y))
+    assert twin.model is not model
+    monkeypatch.setattr(dist, "get_backend_config", lambda group: "cuda:nccl")
+    text = "the backend of the process group, nccl, takes tensors on cuda, got one on cpu; move the model there, or "
+    with pytest.raises(ArgumentError, match=text + r"choose another backend \(on a CPU gloo\)"):
+        broadcast_model(model)
+    with pytest.raises(ArgumentError, match="average_gradients: " + text):
+        average_gradients(model, 3)
+
+
+def test_several_losses_weigh_by_rows():
+    """There is one share for all of them: where they do not agree on it, that is said."""
+    both = hg.Losses(CrossEntropy(), MSE())
+    assert both.divisor((torch.tensor([1, 2, 0]), torch.zeros(3, 2))) == 3
+    for wrong in (hg.Losses(MSE(), CrossEntropy(ignore_index=0)), hg.Losses(MSE(reduction="sum"), CrossEntropy())):
+        with pytest.raises(
+            ArgumentError, match="each loss must be a mean over all rows, without class weights, and no"
+        ):
+            wrong.divisor((torch.zeros(3, 2), torch.tensor([1, 2, 0])))
+
+
+def test_what_a_mean_divides_by():
+    assert MSE().divisor(torch.zeros(3, 7)) == 3
+    assert MSE().divisor((torch.zeros(4, 7), None)) == 4
+    assert MSE().divisor(torch.tensor(1.0)) == 1
+    assert CrossEntropy().divisor(torch.tensor([[1, -100], [2, 3]])) == 3
+    assert CrossEntropy().divisor(torch.rand(2, 3)) == 2
+    assert CrossEntropy(torch.tensor([1.0, 3.0])).divisor(torch.tensor([1, 1, 0, -100])) == 7
+    with pytest.raises(hg.IndexRangeError, match=r"targets must be in 0\.\.1"):
+        CrossEntropy(torch.ones(2)).divisor(torch.tensor([2]))
+
+
+def differing(rank, world):
+    found = []
+    for make in (
+        lambda: Linear(3, 4 + rank),
+        lambda: Linear(3, 4, bias=rank == 0),
+        lambda: Linear(3, 4, dtype=torch.float64 if rank == 1 else None),
+    ):
+        try:
+            broadcast_model(make())
+        except ArgumentError as error:
+            found.append(str(error))
+    model = Linear(3, 4)
+    try:
+        TrainStep(model, MSE(), SGD(model.parameters()), accumulate=1 + rank, process_group=True)
+    except ArgumentError as error:
+        found.append(str(error))
+    return found
+
+
+def refusing(rank, world):
+    """The second process is given a target that is no class, and then a wrong shape; then all go on."""
+    model, found = mlp(), []
+    step = TrainStep(model, CrossEntropy(), SGD(model.parameters(), lr=0.1), process_group=True)
+    before = {key: t.clone() for key, t in model.state_dict().items()}
+    x, y = torch.ones(4, 2, dtype=torch.int64), torch.ones(4, dtype=torch.int64)
+    for wrong in (y + 7, y[:3], y.double(), "y"):
+        try:
+            step(x, wrong if rank == 1 else y)
+        except hg.HandgradError as error:
+            found.append(f"{type(error).__name__}: {error}")
+        assert all(t.equal(before[key]) for key, t in model.state_dict().items())
+        assert model.pending == 0
+    step(x, y)
+    assert not model[2].weight.equal(before["2.weight"])
+    return found
+
+
+def dying(rank, world, how):
+    model = mlp(SyncBatchNorm(8) if how == "refuses" else None)
+    step = TrainStep(model, CrossEntropy(), SGD(model.parameters(), lr=0.1), process_group=True)
+    x, y = torch.ones(4, 2, dtype=torch.int64), torch.ones(4, dtype=torch.int64)
+    step(x, y)
+    if rank == 1:
+        if how == "ends":
+            os._exit(1)
+        if how == "refuses":
+            step(x, y + 7)
+        time.sleep(10)
+    begun = time.monotonic()
+    try:
+        step(x, y)
+    except ProcessError as error:
+        return str(error), time.monotonic() - begun
+
+
+@pytest.mark.slow
+def test_different_models_are_an_error_in_every_process():
+    first, second = results(2, differing)
+    assert first == second
+    text = "broadcast_model: all processes must have the same model and options; got "
+    assert first[:3] == [
+        text + "weight (4, 3) torch.float32 in process 0 and weight (5, 3) torch.float32 in process 1",
+        text + "bias (4,) torch.float32 in process 0 and no bias in process 1",
+        text + "weight (4, 3) torch.float32 in process 0 and weight (4, 3) torch.float64 in process 1",
+    ]
+    assert first[3].startswith("TrainStep: all processes must have the same model and options; got accumulate 1 in")
+
+
+@pytest.mark.slow
+def test_a_step_that_fails_in_one_process_changes_nothing_in_any():
+    others, own = results(2, refusing)
+    text = "ProcessError: TrainStep: another process failed in this step, and nothing has changed; see its error"
+    assert others == [text] * 4
+    assert [text.split(":")[0] for text in own] == ["IndexRangeError", "ShapeError", "DtypeError", "DtypeError"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["ends", "hangs", "refuses"])
+def test_a_process_that_does_not_come_is_an_error(how):
+    """At once where it has ended, else after the time limit of the group."""
+    found = together(2, dying, how, timeout=3)
+    text, seconds = found[0]
+    assert "another process has ended, does something else, or did not come within the time limit of the group" in text
+    assert seconds < (2 if how == "ends" else 6)
+    assert found[1] is None or how != "ends"
+
+
+# ---------------------------------------------------------------------- what torch has
+
+
+def sharded(rank, world, optimizer, options):
+    """With a ZeroRedundancyOptimizer, and without: the same weights, the state divided."""
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+
+    states = []
+    x, y = (t[:, 0, rank::world] for t in data("mlp"))
+    for divided in (False, True):
+        model = mlp()
+        if divided:
+            opt = ZeroRedundancyOptimizer(model.parameters(), optimizer_class=optimizer, **options)
+        else:
+            opt = optimizer(model.parameters(), **options)
+        step = TrainStep(model, CrossEntropy(), opt, process_group=True)
+        for k in range(STEPS):
+            step(x[k], y[k])
+        states.append(model.state_dict())
+    kept = len(opt.optim.state)
+    return states, kept
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("optimizer", "options"),
+    [(SGD, {"lr": 0.1, "momentum": 0.9}), (torch.optim.Adam, {"lr": 0.01}), (torch.optim.AdamW, {"lr": 0.01})],
+)
+def test_an_optimizer_whose_state_is_divided(optimizer, options):
+    found = results(2, sharded, optimizer, options)
+    for (plain, divided), kept in found:
+        assert all(divided[key].equal(plain[key]) for key in plain)
+        assert 0 < kept < 5
+    assert sum(kept for _, kept in found) == 5
+
+
+def distributed(rank, world, scenario):
+    """By DistributedDataParallel around the model as a torch module, layer by layer and as a whole."""
+    make, make_loss, _, _ = SCENARIOS[scenario]
+    x, y = (t[:, 0, rank::world] for t in data(scenario))
+    found = []
+    for layer_by_layer in (False, True):
+        model, loss = make(), to_torch(make_loss())
+        module = nn.parallel.DistributedDataParallel(to_torch(model, layer_by_layer=layer_by_layer))
+        optimizer = torch.optim.SGD(module.parameters(), lr=0.1, momentum=0.9)
+        for k in range(STEPS):
+            optimizer.zero_grad()
+            loss(module(x[k]), y[k].flatten()).backward()
+            optimizer.step()
+        found.append({key: t.clone() for key, t in model.state_dict().items()})
+    return found
+
+
+def stepped_alone(scenario):
+    make, make_loss, _, _ = SCENARIOS[scenario]
+    model = make()
+    step = TrainStep(model, make_loss(), SGD(model.parameters(), lr=0.1, momentum=0.9))
+    x, y = data(scenario)
+    for k in range(STEPS):
+        step(x[k, 0], y[k, 0].flatten())
+    return model.state_dict()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scenario", ["mlp", "tied", "batch norm", "gru"])
+def test_distributed_data_parallel_through_to_torch(scenario):
+    expected = stepped_alone(scenario)
+    for states in results(2, distributed, scenario):
+        for state in states:
+            assert max(float((state[key] - e).abs().max()) for key, e in expected.items()) < WEIGHT
