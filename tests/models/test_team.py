@@ -65,7 +65,7 @@ def test_alone_nothing_is_divided(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_masks_are_each_processes_own_and_depend_on_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    run = Run.new(names_gpt.RECIPE, Config(steps=9, dropout=0.5), Vocabulary("ab"), torch.device("cpu"))
+    run = Run.new(names_gpt.RECIPE, Config(embedding_dim=8, steps=9, dropout=0.5), Vocabulary("ab"), torch.device("cpu"))
     states, drawn = [], []
     for rank, step in ((0, 0), (1, 0), (0, 5), (0, 0)):
         team, run.step = a_team(monkeypatch, rank, 2), step
