@@ -133,7 +133,7 @@ def test_a_run_survives_twenty_kills_and_ends_bit_equal(tmp_path: Path, data: Pa
     process = torchrun("names_mlp.py", *common, "--save", tmp_path / "killed", restarts=40)
     kills, random_ = 0, random.Random(0)
     while process.poll() is None and kills < 20:
-        time.sleep(random_.uniform(0.1, 9))
+        time.sleep(random_.uniform(0.1, 7))
         if alive := workers(process.pid):
             try:
                 os.kill(random_.choice(alive), signal.SIGKILL)
