@@ -8,6 +8,7 @@ from handgrad.errors import (
     HandgradError,
     IndexRangeError,
     NonFiniteError,
+    ProcessError,
     ShapeError,
     StateDictError,
     StateError,
@@ -36,6 +37,7 @@ from handgrad.losses.mse import MSE
 from handgrad.losses.several import Losses
 from handgrad.memory import Recompute, keep_freed_memory
 from handgrad.optim import SGD
+from handgrad.parallel import SyncBatchNorm, average_gradients, broadcast_model
 from handgrad.statistics import Statistics
 from handgrad.train import TrainStep
 from handgrad.watch import tripwire, watch
@@ -89,6 +91,7 @@ __all__ = [
     "Multiply",
     "NonFiniteError",
     "Parallel",
+    "ProcessError",
     "Product",
     "RMSNorm",
     "RNNCell",
@@ -105,10 +108,13 @@ __all__ = [
     "StateError",
     "Statistics",
     "Sum",
+    "SyncBatchNorm",
     "Tanh",
     "TrainStep",
     "Unroll",
     "Upsample",
+    "average_gradients",
+    "broadcast_model",
     "buffer",
     "from_torch",
     "keep_freed_memory",

@@ -17,12 +17,13 @@ from torch.func import functional_call
 
 from handgrad.errors import ArgumentError, DtypeError, HandgradError, IndexRangeError, StateError
 from handgrad.layer import Layer, Record, arity, buffer, is_frozen, parameter
+from handgrad.layers.containers import Sequential
 from handgrad.losses.loss import Loss
 
 _one_at_a_time = RLock()  # a call of a layer as a module puts the tensors and records of that call into the layer
 
 
-def to_torch(layer: Layer) -> nn.Module:
+def to_torch(layer: Layer, *, layer_by_layer: bool = False) -> nn.Module:
     """The layer as a torch.nn.Module: usable inside any torch model, trained by autograd and torch.optim.
 
     The module's parameters are nn.Parameters under the layer's names, in the layer's memory: what an optimizer does
@@ -35,6 +36,10 @@ def to_torch(layer: Layer) -> nn.Module:
     not differentiable: a double backward is an error that says so.
     `train()` and `eval()` reach the layer. A loss becomes a module of two inputs.
 
+    With `layer_by_layer` a Sequential becomes an nn.Sequential of a module for each layer, with the same `state_dict`.
+    So autograd has the gradients of the last layers while those of the first are still to be computed, and
+    DistributedDataParallel sends them meanwhile.
+
     >>> from handgrad import Linear, Sequential, Tanh
     >>> module = nn.Sequential(to_torch(Sequential(Linear(3, 4), Tanh())), nn.Linear(4, 1))
     >>> [name for name, _ in module.named_parameters()]
@@ -45,7 +50,7 @@ def to_torch(layer: Layer) -> nn.Module:
     """
     if not isinstance(layer, Layer):
         raise ArgumentError(f"to_torch: expected a Layer, got {type(layer).__name__}")
-    return LayerModule(layer)
+    return _each_a_module(layer, {}) if layer_by_layer else LayerModule(layer)
 
 
 def from_torch(module: nn.Module) -> Layer:
@@ -78,14 +83,15 @@ def from_torch(module: nn.Module) -> Layer:
 class LayerModule(nn.Module):
     """What `to_torch` returns. Its submodules only hold parameters and buffers, at the paths that the layer has."""
 
-    def __init__(self, layer: Layer) -> None:
+    def __init__(self, layer: Layer, params: dict[int, nn.Parameter] | None = None) -> None:
+        """Make a module of the layer; `params` are those that other modules have already, by the layer's tensor."""
         super().__init__()
         self._layer = layer
         self._layers = [inner for _, inner in layer.named_layers()]
         self._places: list[tuple[Layer, str, nn.Module]] = []  # layer.name and module.name are one tensor
         self._frozen: set[int] = set()  # which of them autograd was told are frozen
         self.training = layer.training
-        params: dict[int, nn.Parameter] = {}
+        params = {} if params is None else params
         for path, inner in layer._walk():
             for name, declaration in inner._declared.items():
                 tensor = getattr(inner, name)
@@ -191,6 +197,25 @@ class LayerModule(nn.Module):
         finally:
             for layer, stack in zip(self._layers, own):
                 layer._records = stack
+
+
+def _each_a_module(layer: Layer, params: dict[int, nn.Parameter]) -> nn.Module:
+    if type(layer) is Sequential:
+        return _ModulesInARow(*[_each_a_module(inner, params) for inner in layer])
+    return LayerModule(layer, params)
+
+
+class _ModulesInARow(nn.Sequential):
+    """Modules made of the layers of a Sequential, which hand on tuples as those do."""
+
+    def forward(self, *inputs: Any) -> Any:
+        x = inputs[0] if len(inputs) == 1 else inputs
+        for module in self:
+            several = isinstance(module, _ModulesInARow) or (
+                isinstance(module, LayerModule) and module._layer._arity[1] > 1
+            )
+            x = module(*x) if isinstance(x, tuple) and several else module(x)
+        return x
 
 
 class _LayerCall(torch.autograd.Function):

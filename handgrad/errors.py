@@ -48,6 +48,10 @@ class CompileError(HandgradError, RuntimeError):
     """A graph cannot be compiled here: there is no C++ compiler, or torch is too old."""
 
 
+class ProcessError(HandgradError, RuntimeError):
+    """Another process that trains the same model failed, has ended, or did not come in time."""
+
+
 class NonFiniteError(HandgradError, ArithmeticError):
     """A value is NaN or infinite, or beyond a limit, where `tripwire` looks."""
 

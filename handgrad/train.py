@@ -21,6 +21,7 @@ from handgrad.losses.loss import Loss
 from handgrad.memory import Release, Snapshot
 from handgrad.minibatches import ends_of_alike, joined, length, minibatches, taken_apart
 from handgrad.optim import SGD, hooked
+from handgrad.parallel import Processes, SyncBatchNorm, numbers_near
 from handgrad.program import SCHEDULED, Program, Progress, Stage, Traced, begin, compiled, numbers, trace
 
 COMPILING = "2.13"  # the least torch for compile(): the graphs of all from 2.6 to 2.12 take an index of -1
@@ -46,8 +47,15 @@ class TrainStep:
     With `release_gradients` each parameter is updated as soon as its gradient is complete, while the backward of the
     rest still runs, and the gradient is freed: few are there at once, and after the step `.grad` is None. The results
     are the same, bit by bit; but a step that fails in its backward may have updated some parameters. There is then no
-    `max_norm`, which needs all gradients, no `accumulate`, no compile(), and no optimizer but SGD and those of
+    `max_norm`, which needs all gradients, no `accumulate` or `process_group`, no compile(), and no optimizer but SGD and those of
     torch.optim that update each parameter by itself (all but LBFGS and SparseAdam), without step hooks.
+
+    With `process_group`, one of torch.distributed or True for that of all processes, each process gives the step its
+    part of the minibatch (see handgrad.parallel), and all take the step of the joined one. Parts may be of any size, or
+    empty. All start with the parameters and buffers of the first process. The gradients are added up once per step,
+    before their norm is limited; a step that fails in one process changes nothing in any. The loss returned is that of
+    the own part, or with `joined_loss` of the joined minibatch. Statistics are joined by SyncBatchNorm alone; random
+    masks are each process's own.
 
     ``step.many(xs, targets)`` does the steps of several minibatches, ``step.compile()`` gives the same two calls as one
     compiled program. Any optimizer of torch.optim can be used whose `step()` needs no closure; the
@@ -57,7 +65,8 @@ class TrainStep:
 
     Raises StateError where an earlier forward of the model still waits for its backward, or another step of the model
     is under way, in another thread; ArgumentError for a loss that is none of handgrad's, and for an optimizer that has
-    none of the parameters or, as LBFGS, wants a closure.
+    none of the parameters or, as LBFGS, wants a closure. With a process group also what `handgrad.broadcast_model` and
+    `handgrad.average_gradients` raise.
 
     >>> from handgrad import SGD, CrossEntropy, Linear
     >>> model = Linear(2, 3)
@@ -79,6 +88,8 @@ class TrainStep:
         max_norm: float | None = None,
         accumulate: int = 1,
         release_gradients: bool = False,
+        process_group: Any = None,
+        joined_loss: bool = False,
     ) -> None:
         if not isinstance(loss, Loss):
             problem = f"a loss of handgrad, such as CrossEntropy(), got {type(loss).__name__}"
@@ -90,13 +101,15 @@ class TrainStep:
         self.model, self.loss, self.optimizer = model, loss, optimizer
         self.max_norm = None if max_norm is None else float(number(self, "max_norm", max_norm, 0))
         self.accumulate = integer(self, "accumulate", accumulate)
-        if release_gradients and (max_norm is not None or self.accumulate > 1):
-            problem = (
-                "needs the gradients of all parameters" if max_norm is not None else "adds to them in each minibatch"
-            )
-            option = "max_norm" if max_norm is not None else "accumulate"
-            problem = f"no {option}, which {problem}; choose one of the two"
-            raise ArgumentError(f"TrainStep: with release_gradients there must be {problem}")
+        needing = {
+            "max_norm": (max_norm is not None, "needs the gradients of all parameters"),
+            "accumulate": (self.accumulate > 1, "adds to them in each minibatch"),
+            "process_group": (process_group is not None, "adds them up when all are there"),
+        }
+        for option, (given, why) in needing.items() if release_gradients else ():
+            if given:
+                problem = f"no {option}, which {why}; choose one of the two"
+                raise ArgumentError(f"TrainStep: with release_gradients there must be {problem}")
         self._release = Release(model, loss, optimizer) if release_gradients else None
         both = (*model.parameters(), *loss.parameters())  # a loss may have some, or share the model's
         self.params = list({id(p): p for p in both}.values())
@@ -106,6 +119,12 @@ class TrainStep:
             raise ArgumentError(f"TrainStep: the optimizer updates {problem}")
         buffers = [b for part in (model, loss) for _, b in part.named_buffers() if not is_frozen(b)]
         self.buffers = Snapshot({id(b): b for b in buffers}.values())
+        self.joined_loss = joined_loss
+        self.processes = None
+        if process_group is not None:
+            self.processes = Processes(None if process_group is True else process_group, "TrainStep")
+            options = {"accumulate": accumulate, "max_norm": max_norm, "the loss's reduction": loss.reduction}
+            self.processes.make_same([model, loss], options)
 
     def __call__(self, x: Any, target: Any) -> Tensor:
         """Do one step; returns the loss, as it was before the update."""
@@ -163,8 +182,9 @@ class TrainStep:
           Python objects (a print, a counter of its own) happens when it is traced, and then no more.
         - A change that no attribute shows is not seen: of a global variable, or of what a closure holds.
 
-        Raises CompileError with a torch older than 2.13; on a CPU, without a C++ compiler.
+        Raises CompileError with a torch older than 2.13; on a CPU, without a C++ compiler; with a process group.
         """
+        self._refuse_processes("compile")
         return CompiledTrainStep(self, progress)
 
     def export(self, path: str | PathLike[str], x: Any, target: Any, *, progress: bool | None = None) -> None:
@@ -193,6 +213,7 @@ class TrainStep:
         The optimizer must be handgrad's SGD, or torch.optim's Adam or AdamW. Raises ArgumentError; what `compile` and
         its first call raise. It needs safetensors.
         """
+        self._refuse_processes("export")
         if torch.__version__ < COMPILING:
             _refuse_old("export")
         self._refuse_releasing("export")
@@ -220,30 +241,65 @@ class TrainStep:
 
     def _gradients(self, x: Any, target: Any) -> Tensor:
         """Forward, loss and backward of all minibatches of a step; the gradients as the update takes them."""
-        if self.accumulate == 1:
-            out = self._forward_backward(x, target)
-        else:
-            self._check_accumulated(x, target)
-            count = range(self.accumulate)
-            losses = torch.stack(
-                [self._forward_backward(minibatches(x, a), minibatches(target, a), first=a == 0) for a in count]
-            )
-            out = losses.mean() if self._mean else losses.sum()
+        losses = self._losses(x, target) if self.processes is None else self._joined_losses(self.processes, x, target)
         params = self.params
         if params and params[0].grad is None and not (self._release and self._release.updated):
             _refuse_no_gradient(params)
         if self.accumulate > 1 or self.max_norm is not None:
             self._finish([p for p in params if p.grad is not None])
-        return out
+        if self.accumulate == 1:
+            return losses[0]
+        return torch.stack(losses).mean() if self._mean else torch.stack(losses).sum()
 
-    def _forward_backward(self, x: Any, target: Any, first: bool = True) -> Tensor:
+    def _losses(self, x: Any, target: Any, shares: Tensor | None = None) -> list[Tensor]:
+        """Forward, loss and backward of each minibatch, which has its share in the gradient, by default all."""
+        if self.accumulate == 1:
+            return [self._forward_backward(x, target, True, None if shares is None else shares[0])]
+        self._check_accumulated(x, target)
+        return [
+            self._forward_backward(x_a, target_a, a == 0, None if shares is None else shares[a])
+            for a in range(self.accumulate)
+            for x_a, target_a in [(minibatches(x, a), minibatches(target, a))]
+        ]
+
+    def _joined_losses(self, processes: Processes, x: Any, target: Any) -> list[Tensor]:
+        """The same of the minibatches that all processes have together, of which x and target are this one's parts.
+
+        The loss's own gradient is multiplied by the part's share in the mean. So what goes back through a
+        SyncBatchNorm, to other processes, too, is right as well.
+        """
+        A, params = self.accumulate, self.params
+        announce = not any(isinstance(layer, SyncBatchNorm) for _, layer in self.model.named_layers())
+
+        def divisors() -> Tensor:
+            if A > 1:
+                self._check_accumulated(x, target)
+            each = [minibatches(target, a) for a in range(A)] if A > 1 else [target]
+            return numbers_near([float(self.loss.divisor(t)) if self._mean else 1.0 for t in each], params)
+
+        def work() -> Tensor:
+            losses[:] = self._losses(x, target, shares)
+            parts = torch.where(shares > 0, shares * torch.stack(losses), 0)  # of no rows the loss may be NaN
+            return torch.cat([numbers_near([p.grad is not None for p in params], params), parts])
+
+        losses: list[Tensor] = []
+        own = numbers_near([0.0] * A, params)
+        total = processes.add_after(lambda: own.copy_(divisors()), A, params, announce)
+        shares = torch.where(total > 0, own / total, 0) if self._mean else torch.ones_like(own)
+        told = processes.add_after(work, len(params) + A, params, announce)
+        having = told[: len(params)].tolist()
+        processes.add_gradients([p for p, h in zip(params, having) if h > 0])
+        return [joined.to(loss.dtype) for joined, loss in zip(told[-A:], losses)] if self.joined_loss else losses
+
+    def _forward_backward(self, x: Any, target: Any, first: bool = True, share: Tensor | None = None) -> Tensor:
         """Forward, loss and backward of one minibatch; before the first of a step, earlier gradients are freed."""
         if first:
             for param in self.params:
                 param.grad = None
         out: Tensor = self.loss.forward(self.model.forward_at(None, x), target)
+        dloss = self.loss.backward() if share is None else self.loss.backward(share.to(out.dtype))
         with self._release or contextlib.nullcontext():
-            self.model.backward_at(None, self.loss.backward(), need_dx=False)
+            self.model.backward_at(None, dloss, need_dx=False)
         return out
 
     def _finish(self, params: list[Tensor]) -> None:
@@ -301,6 +357,11 @@ class TrainStep:
             _refuse_no_gradient([*model.parameters(), *loss.parameters()])
         except Exception as plain:
             raise plain from None
+
+    def _refuse_processes(self, what: str) -> None:
+        if self.processes is not None:
+            problem = "messages to other processes are no part of a program; use the step as it is, or without a "
+            raise CompileError(f"TrainStep.{what}: {problem}process_group")
 
     def _begin(self) -> None:
         """Claim the model for this step until `del _at_work[id(self.model)]`."""

@@ -97,6 +97,7 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
 
 
 BatchNorm1d, BatchNorm2d = partial(_batch_norm, nn.BatchNorm1d), partial(_batch_norm, nn.BatchNorm2d)
+SyncBatchNorm = partial(_batch_norm, nn.SyncBatchNorm)
 
 
 class FlattenConsecutive(nn.Module):
@@ -436,7 +437,7 @@ WITHOUT_TWIN = {
 
 WITHOUT_ARGUMENT = {
     "inplace": ("ReLU LeakyReLU SiLU Dropout", "a forward never changes its input"),
-    "bias": ("BatchNorm1d BatchNorm2d GroupNorm", "affine decides on weight and bias together"),
+    "bias": ("BatchNorm1d BatchNorm2d SyncBatchNorm GroupNorm", "affine decides on weight and bias together"),
     "padding_mode": ("Conv1d Conv2d ConvTranspose2d", "the padding is zeros"),
     "return_indices": ("MaxPool2d", "the output is the maxima alone"),
     "align_corners": ("Upsample", "it belongs to modes other than nearest"),
@@ -467,8 +468,8 @@ BESIDE_TORCH = {
         "what random numbers are drawn from",
     ),
     "gain": ("Linear", "the scale of normal weights"),
-    "unbiased": ("BatchNorm1d BatchNorm2d", "n - 1 in the variance of the batch"),
-    "channels_last": ("BatchNorm1d BatchNorm2d", "the channels are the last dimension"),
+    "unbiased": ("BatchNorm1d BatchNorm2d SyncBatchNorm", "n - 1 in the variance of the batch"),
+    "channels_last": ("BatchNorm1d BatchNorm2d SyncBatchNorm", "the channels are the last dimension"),
     "return_state": ("RNN GRU LSTM", "torch always returns the state, too"),
     "causal": ("SelfAttention", "no step reads from later ones"),
     "chunk_size": ("LinearCrossEntropy", "how many rows are taken at a time"),
@@ -485,6 +486,7 @@ def _twin(name: str, make: Callable[[Any, int], Any] | None = None, inputs: Make
 _twin("Linear", lambda lib, D: lib.Linear(D, D))
 _twin("BatchNorm1d", lambda lib, D: lib.BatchNorm1d(D))
 _twin("BatchNorm2d", lambda lib, D: lib.BatchNorm2d(4), _image)
+_twin("SyncBatchNorm", lambda lib, D: lib.SyncBatchNorm(D))
 _twin("Tanh")
 _twin("CrossEntropy", None, rows_and_labels)
 _twin("Embedding", lambda lib, D: lib.Embedding(D, D), lambda N, D, dtype: (torch.randint(D, (N,)),))

@@ -127,6 +127,22 @@ case(
     options=NORM,
 )
 case(
+    "SyncBatchNorm",
+    "N C *L",
+    lambda lib, C, eps, momentum, affine, track: lib.SyncBatchNorm(C, eps, momentum, affine, track),
+    sizes={"*L": (0, 2)},
+    options=NORM,
+)
+case(
+    "SyncBatchNorm in other forms",
+    "N *T C",
+    lambda lib, C, affine, track, unbiased: lib.SyncBatchNorm(
+        C, affine=affine, track_running_stats=track, unbiased=unbiased, channels_last=True
+    ),
+    sizes={"N": (2, 5), "*T": (0, 2)},
+    options={"affine": BOTH, "track": BOTH, "unbiased": BOTH},
+)
+case(
     "BatchNorm2d",
     "N C H W",
     lambda lib, C, eps, momentum, affine, track, unbiased: lib.BatchNorm2d(

@@ -76,6 +76,7 @@ MAKERS = {
     "LogSoftmax": (hg.LogSoftmax, {"dim": 0}),
     "GELU": (hg.GELU, {"approximate": "tanh"}),
     "BatchNorm1d": (hg.BatchNorm1d, {"num_features": 3, "eps": 0.1, "momentum": 0.1}),
+    "SyncBatchNorm": (hg.SyncBatchNorm, {"num_features": 3, "eps": 0.1, "momentum": 0.1}),
     "LayerNorm": (hg.LayerNorm, {"normalized_shape": 3, "eps": 0.1}),
     "RMSNorm": (hg.RMSNorm, {"normalized_shape": (3, 2), "eps": 0.1}),
     "GroupNorm": (hg.GroupNorm, {"num_groups": 2, "num_channels": 4, "eps": 0.1}),
@@ -116,6 +117,7 @@ OPTIONAL |= {
     "AvgPool2d.stride",
     "RMSNorm.eps",
     "BatchNorm1d.momentum",
+    "SyncBatchNorm.momentum",
     "LinearCrossEntropy.ignore_index",
 }
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import nn
 
+import handgrad as hg
 from handgrad import (
     MSE,
     SGD,
@@ -42,6 +43,7 @@ from handgrad import (
     from_torch,
     to_torch,
 )
+from handgrad.bridge import LayerModule
 from handgrad.testing import compare
 
 
@@ -674,3 +676,37 @@ def test_module_to_layer_and_back():
     same_gradients(back, module)
     for name, value in back.state_dict().items():
         close(value, module.state_dict()[name], name)
+
+
+# ---------------------------------------------------------------------- layer by layer
+
+
+def test_layer_by_layer_each_layer_is_a_module():
+    """With the same keys and gradients as the whole; a shared parameter is one, a tuple goes on as in a Sequential."""
+    table, head = Embedding(7, 4), Linear(4, 7, bias=False)
+    head.weight = table.weight
+    pair = hg.GRU(4, 4, batch_first=True, return_state=True)
+    layers = [table, Sequential(Linear(4, 4), BatchNorm1d(4, channels_last=True)), pair, Both(), Flatten(0, 1), head]
+    model = Sequential(*layers)
+    whole, apart = to_torch(copy.deepcopy(model)), to_torch(model, layer_by_layer=True)
+    assert [type(m).__name__ for m in apart] == ["LayerModule", "_ModulesInARow", *["LayerModule"] * 4]
+    assert list(apart.state_dict()) == list(whole.state_dict()) == list(model.state_dict())
+    assert len(list(apart.parameters())) == len(list(model.parameters()))
+    x, y = torch.randint(7, (3, 5)), torch.randint(7, (15,))
+    for module in (whole, apart):
+        nn.functional.cross_entropy(module(x), y).backward()
+    for (name, p), (_, q) in zip(whole.named_parameters(), apart.named_parameters()):
+        torch.testing.assert_close(q.grad, p.grad, msg=name)
+    assert isinstance(to_torch(Linear(2, 3), layer_by_layer=True), LayerModule)
+
+
+class Both(hg.Layer):
+    """Output and state of a recurrent layer, added up."""
+
+    def forward(self, out, state):
+        self.push(out=out)
+        return out + state.unsqueeze(1)
+
+    def backward(self, dout):
+        self.pop(dout)
+        return dout.clone(), dout.sum(1)

@@ -72,14 +72,8 @@ class BatchNorm(Layer):
             self.num_batches_tracked = torch.tensor(0, device=device)
 
     def forward(self, x: Tensor) -> Tensor:
-        own = self.running_mean if self.weight is None else self.weight
-        self.check_input(x, None if own is None else own.dtype)
+        self.check_shape(x)
         C, shape = self.num_features, x.shape
-        fits = x.dim() > 1 if self.channels_last else x.dim() in self.forms
-        if not fits or shape[-1 if self.channels_last else 1] != C:
-            form = "(..., C)" if self.channels_last else " or ".join(self.forms.values())
-            problem = f"x must be {form.replace('C', str(C))}, got shape {tuple(shape)}"
-            raise self.error(ShapeError, "forward", problem)
         rows = x.reshape(-1, C) if self.channels_last else x
         n = x.numel() // C
         m: int | None = None  # None: mean and var are constants, and the backward has nothing to send through them
@@ -140,6 +134,17 @@ class BatchNorm(Layer):
             return formula(dout, xhat, dweight)
         slope = rstd * dweight  # xhat dweight = (x - mean) slope
         return blockwise(lambda dout, x: formula(dout, x - column(mean), slope), dout, x)
+
+    def check_shape(self, x: Tensor) -> None:
+        """Raise unless x has the dtype of the parameters and one of the forms."""
+        own = self.running_mean if self.weight is None else self.weight
+        self.check_input(x, None if own is None else own.dtype)
+        C, shape = self.num_features, x.shape
+        fits = x.dim() > 1 if self.channels_last else x.dim() in self.forms
+        if not fits or shape[-1 if self.channels_last else 1] != C:
+            form = "(..., C)" if self.channels_last else " or ".join(self.forms.values())
+            problem = f"x must be {form.replace('C', str(C))}, got shape {tuple(shape)}"
+            raise self.error(ShapeError, "forward", problem)
 
     def _normalize(self, x: Tensor, k: float) -> tuple[Tensor, Tensor, Tensor]:
         """Out, mean and rstd from the batch's statistics, with k = m/n; in training, update the running ones.

@@ -56,6 +56,15 @@ class Loss(Layer):
         """The mean of all elements' losses, their sum, or themselves."""
         return losses if self.reduction == "none" else losses.sum() if self.reduction == "sum" else losses.mean()
 
+    def divisor(self, target: Any) -> Tensor | float:
+        """What the mean divides by, up to a factor that all minibatches share: by default the rows of the target.
+
+        Parts of a minibatch in several processes weigh by it.
+        """
+        while isinstance(target, (tuple, list)) and target:
+            target = target[0]
+        return len(target) if isinstance(target, Tensor) and target.dim() else 1
+
     def dlosses(self, dout: Tensor | None, x: Tensor, count: int | Tensor) -> Tensor:
         """The gradient of each element's loss: like dout, or () where it is 1.
 
@@ -124,6 +133,15 @@ class ClassLoss(Loss):
             return None, target
         used = target != ignored
         return used, where_used(target, used)
+
+    def divisor(self, target: Tensor) -> Tensor | float:
+        if isinstance(target, Tensor) and target.is_floating_point():  # probabilities of the classes
+            return super().divisor(target)
+        self.check_target(target)
+        used, y = self.labels(target)
+        if self.weight is not None and eager_on_cpu(y):
+            self.check_range(y, len(self.weight))
+        return self.count(y, used, torch.float64)
 
     def count(self, y: Tensor, used: Tensor | None, dtype: torch.dtype) -> Tensor | int:
         """What the mean divides by: the sum of w[y] over the rows that are used."""

@@ -11,7 +11,7 @@ from handgrad.arguments import number
 from handgrad.errors import ArgumentError, ShapeError
 from handgrad.layer import Layer
 from handgrad.layers.containers import total
-from handgrad.losses.loss import Loss
+from handgrad.losses.loss import ClassLoss, Loss
 
 
 class Losses(Loss):
@@ -68,6 +68,16 @@ class Losses(Loss):
             dloss = values[i].new_full((), self.weights[i])
             dxs[i] = self.losses[i].backward_at(i, dloss if dout is None else dloss * dout)
         return tuple(dxs)
+
+    def divisor(self, target: tuple[Any, ...]) -> Tensor | float:
+        """The rows of the targets, which all the losses must divide by: one gradient weighs for all of them."""
+        for i, (loss, own) in enumerate(zip(self.losses, target)):
+            divisor = loss.divisor(own)
+            unequal = isinstance(loss, ClassLoss) and not own.is_floating_point() and float(divisor) != own.numel()
+            if loss.reduction != "mean" or unequal:
+                problem = "in several processes each loss must be a mean over all rows, without class weights, and no "
+                raise self.error(ArgumentError, "divisor", problem + f"row be ignored; {i} ({loss!r}) is none")
+        return super().divisor(target)
 
     def named_children(self) -> Iterator[tuple[str, Layer]]:
         return ((str(i), loss) for i, loss in enumerate(self.losses))

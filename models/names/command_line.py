@@ -23,6 +23,7 @@ from names.flags import parse_flags
 from names.inside import Inside, draw
 from names.output import plot, progress_bar, report, require_pyplot, show, to_json
 from names.run import Recipe, Run
+from names.team import Team
 from names.training import evaluate, sample, train
 
 SAVE_EVERY = 5.0  # seconds between checkpoints
@@ -32,8 +33,8 @@ def main(recipe: Recipe, argv: Sequence[str] | None = None) -> int:
     """Run a names model; the exit code is that of EXIT_CODES in names/flags.py."""
     args = parse_flags(recipe, argv)
     try:
-        with Stop() as stop:
-            return run_script(recipe, args, stop)
+        with Stop() as stop, Team(args.device) as team:
+            return run_script(recipe, args, stop, team)
     except InputError as error:
         return fail(recipe, str(error), 2)
     except KeyboardInterrupt:
@@ -50,14 +51,21 @@ def fail(recipe: Recipe, problem: str, code: int) -> int:
     return code
 
 
-def run_script(recipe: Recipe, args: argparse.Namespace, stop: Stop) -> int:
+def run_script(recipe: Recipe, args: argparse.Namespace, stop: Stop, team: Team) -> int:
     """Everything between the flags and the exit code."""
-    refuse(args)
-    device = set_up(args.device, args.threads)
+    if team.attempt > 0 and args.save is not None and args.save.exists():
+        args.resume = args.save  # a process was lost, and torchrun has started all of them again
+    if team.rank > 0:
+        args.save = args.report = args.plot = None
+        args.samples = 0
+    refuse(args, team)
+    device = set_up(team.device, args.threads)
     names = read_names(args.data)
     vocabulary, data = Vocabulary.of(names), fingerprint(names)
     run, resumed = begin(recipe, args, vocabulary, data, device)
-    step = TrainStep(run.model, CrossEntropy(), run.optimizer)
+    team.prepare(run)
+    group = True if team.size > 1 else None
+    step = TrainStep(run.model, CrossEntropy(), run.optimizer, process_group=group, joined_loss=True)
     inside = Inside(run, step.loss, tripwire=args.tripwire, watch=args.watch is not None)
     if args.compile or args.export is not None:
         try:
@@ -80,6 +88,8 @@ def run_script(recipe: Recipe, args: argparse.Namespace, stop: Stop) -> int:
     examples = " / ".join(f"{split.targets:,}" for split in splits.values())
     print(f"{len(names):,} names, {len(vocabulary)} characters; {examples} examples to train / validate / test")
     print(f"{run.model!r}\n{run.parameters:,} parameters", flush=True)
+    if team.size > 1:
+        print(f"{team.size} processes, each with a part of every minibatch", flush=True)
     if resumed:
         print(resumed, flush=True)
     if args.check and not check_gradients(run, splits["train"]):
@@ -87,7 +97,7 @@ def run_script(recipe: Recipe, args: argparse.Namespace, stop: Stop) -> int:
     if args.compile:
         print("compiling the training step: the first steps take a minute or so", flush=True)
 
-    with progress_bar(run) as show_progress:
+    with progress_bar(run, shown=team.rank == 0) as show_progress:
 
         def go_on() -> bool:
             """Between two stretches of steps: save now and then, show progress; whether to go on."""
@@ -99,10 +109,12 @@ def run_script(recipe: Recipe, args: argparse.Namespace, stop: Stop) -> int:
                     print(f"{recipe.name}: {files.failures['checkpoint']}; the run goes on", file=sys.stderr)
                 saved = time.monotonic()
             show_progress()
+            stop.asked = team.agree(stop.asked)
+            team.begin_stretch(run)
             return not stop.asked
 
         try:
-            train(run, step, splits["train"], splits["val"], go_on, inside.around, one_by_one=args.tripwire)
+            train(run, step, splits["train"], splits["val"], go_on, inside.around, args.tripwire, team.part)
         except NonFiniteError as error:
             failure = error
     save()
@@ -112,7 +124,7 @@ def run_script(recipe: Recipe, args: argparse.Namespace, stop: Stop) -> int:
         files.note(
             "program", args.export, lambda: export(args.export, step, run.config.batch_size, splits["train"]), remark
         )
-    losses = show_results(run, splits, args, device, inside, files, stopped=stopped)
+    losses = show_results(run, splits, args, device, inside, files, team.size, stopped=stopped)
     problems, kept = list(files.failures.values()), ", ".join(["losses", *files.kept()])
     if failure is not None:
         problems.append(f"step {run.step + 1:,}: {failure}; kept, up to this step: {kept}")
@@ -157,8 +169,11 @@ def first_not_finite(run: Run, losses: dict[str, float]) -> str | None:
     return None
 
 
-def refuse(args: argparse.Namespace) -> None:
+def refuse(args: argparse.Namespace, team: Team) -> None:
     """Raise InputError, before any work, for what could only fail later."""
+    for flag in ("check", "compile", "export", "tripwire", "watch"):
+        if team.size > 1 and getattr(args, flag):
+            raise InputError(f"--{flag} is for a run in one process; omit it, or torchrun")
     given = [(f"--{flag}", getattr(args, flag)) for flag in ("data", "resume", "save", "report", "plot", "watch")]
     exported = [] if args.export is None else exported_to(args.export)
     refuse_paths([(flag, path) for flag, path in given if path is not None] + [("--export", p) for p in exported])
@@ -209,6 +224,7 @@ def show_results(
     device: torch.device,
     inside: Inside,
     files: Files,
+    processes: int,
     *,
     stopped: bool,
 ) -> dict[str, float]:
@@ -218,6 +234,7 @@ def show_results(
     seen = inside.seen()
     if args.report is not None:
         settings = {"data": str(args.data), "device": str(device), "threads": args.threads, "compile": args.compile}
+        settings["processes"] = processes
         files.write("report", args.report, to_json(report(run, losses, samples, settings)))
     if args.plot is not None:
         title = f"{run.recipe.name}: {run.parameters:,} parameters, validation loss {show(losses['val'])}"

@@ -63,6 +63,10 @@ EXIT_CODES = """
 exit code: 0; 1 where a gradient is wrong, a value was not finite (the run diverged) or a file could not be written;
 2 for input that cannot be used, or too little memory; 130 after Ctrl-C
 """
+SEVERAL = """
+In several processes: torchrun --nproc-per-node 2 models/{name}.py ...; each steps on a part of every minibatch. With
+--save, torchrun's --max-restarts N goes on from the checkpoint where a process is lost.
+"""
 
 
 def new_parser(name: str, description: str, epilog: str = "") -> argparse.ArgumentParser:
@@ -71,14 +75,17 @@ def new_parser(name: str, description: str, epilog: str = "") -> argparse.Argume
     return argparse.ArgumentParser(
         prog=name,
         description="\n\n".join(textwrap.fill(text, width) for text in description.split("\n\n")),
-        epilog=textwrap.fill(epilog.strip(), width),
+        epilog="\n\n".join(textwrap.fill(text, width) for text in epilog.strip().split("\n\n")),
         formatter_class=partial(argparse.RawDescriptionHelpFormatter, width=width),
     )
 
 
 def parse_flags(recipe: Recipe, argv: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line. A flag that is a field of Config is None where it was not given."""
-    defaults, parser = recipe.defaults, new_parser(recipe.name, recipe.description, EXIT_CODES)
+    defaults, parser = (
+        recipe.defaults,
+        new_parser(recipe.name, recipe.description, SEVERAL.format(name=recipe.name) + EXIT_CODES),
+    )
 
     def size(name: str, text: str, group: Any) -> None:
         default, numbers = getattr(defaults, name), whole(*RANGES[name])

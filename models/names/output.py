@@ -25,10 +25,12 @@ def show(loss: float) -> str:
 
 
 @contextmanager
-def progress_bar(run: Run) -> Iterator[Callable[[], None]]:
+def progress_bar(run: Run, shown: bool = True) -> Iterator[Callable[[], None]]:
     """A bar with losses and steps per second, on a terminal only; yields the function that moves it to `run.step`."""
     tqdm = require("tqdm").tqdm
-    with tqdm(total=run.config.steps, initial=run.step, unit="step", disable=None, dynamic_ncols=True) as bar:
+    with tqdm(
+        total=run.config.steps, initial=run.step, unit="step", disable=None if shown else True, dynamic_ncols=True
+    ) as bar:
 
         def move() -> None:
             if run.step > bar.n and not bar.disable:

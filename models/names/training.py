@@ -7,6 +7,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
+from torch import Tensor
 
 from handgrad import CrossEntropy, Layer, NonFiniteError, TrainStep
 from names.data import BOUNDARY, Split, minibatches
@@ -26,10 +27,12 @@ def train(
     go_on: Callable[[], bool],
     around: Callable[[int], AbstractContextManager[object]] = nullcontext,
     one_by_one: bool = False,
+    part: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] = lambda xs, ys: (xs, ys),
 ) -> None:
     """Take the steps that are left, in short stretches; before each, `go_on()` says whether to take it.
 
-    `around(end)` gives the context for the steps of a stretch. With `one_by_one`, after a NonFiniteError the run is as
+    `around(end)` gives the context for the steps of a stretch, `part(xs, ys)` what of its minibatches the steps are
+    taken on. With `one_by_one`, after a NonFiniteError the run is as
     it was before that step, but for running statistics: resumed, it takes the step on the same minibatch.
     """
     config, started = run.config, run.step
@@ -40,7 +43,7 @@ def train(
             group["lr"] = config.lr_at(run.step)
         run.note_rate(config.lr_at(run.step))
         begun, first, generator = time.perf_counter(), run.step, run.generator.get_state()
-        xs, ys = minibatches(split, end - first, config.batch_size, run.generator)
+        xs, ys = part(*minibatches(split, end - first, config.batch_size, run.generator))
         try:
             with around(end):
                 if one_by_one:

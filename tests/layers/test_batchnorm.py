@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 
-from handgrad import ArgumentError, BatchNorm1d, BatchNorm2d, ShapeError
+from handgrad import ArgumentError, BatchNorm1d, BatchNorm2d, Linear, Sequential, ShapeError, SyncBatchNorm
 
 
 @pytest.mark.parametrize("momentum", [0.1, None])
@@ -50,3 +52,48 @@ def test_errors_and_repr():
     assert (
         repr(BatchNorm1d(5, unbiased=True, channels_last=True)) == "BatchNorm1d(5, unbiased=True, channels_last=True)"
     )
+
+
+def test_sync_batch_norm_alone_is_a_batch_norm():
+    """Made of one, it is the same object with the same tensors; in either mode it computes the same."""
+    model = Sequential(Linear(3, 4), BatchNorm1d(4, momentum=None, unbiased=True))
+    inner, weight, twin = model[1], model[1].weight, copy.deepcopy(model)
+    assert SyncBatchNorm.convert_sync_batchnorm(model) is model
+    assert model[1] is inner
+    assert type(inner) is SyncBatchNorm
+    assert inner.weight is weight
+    assert repr(inner) == "SyncBatchNorm(4, momentum=None, unbiased=True)"
+    for train in (True, True, False):
+        x, dout = torch.randn(5, 3), torch.randn(5, 4)
+        for m in (model, twin):
+            m.train(train)
+        torch.testing.assert_close(model(x), twin(x))
+        torch.testing.assert_close(model.backward(dout), twin.backward(dout))
+        torch.testing.assert_close(model.state_dict(), twin.state_dict())
+        for p, q in zip(model.parameters(), twin.parameters()):
+            torch.testing.assert_close(p.grad, q.grad)
+
+
+def test_what_sync_batch_norm_refuses():
+    with pytest.raises(
+        ShapeError, match=r"SyncBatchNorm\(5\)\.forward: x must be \(N, 5\) or \(N, 5, L\) or \(N, 5, H"
+    ):
+        SyncBatchNorm(5)(torch.zeros(2, 4))
+    with pytest.raises(ShapeError, match=r"more than one value per channel, got shape \(1, 5\); evaluate a single row"):
+        SyncBatchNorm(5)(torch.zeros(1, 5))
+    with pytest.raises(ArgumentError, match="SyncBatchNorm: eps must be above 0, got 0"):
+        SyncBatchNorm(5, 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_sync_batch_norm_in_half_precision(dtype):
+    layer, twin = SyncBatchNorm(3, dtype=dtype), torch.nn.BatchNorm1d(3)
+    x, dout = torch.randn(6, 3), torch.randn(6, 3)
+    out = layer(x.to(dtype))
+    leaf = x.to(dtype).float().requires_grad_()
+    expected = twin(leaf)
+    expected.backward(dout.to(dtype).float())
+    dx = layer.backward(dout.to(dtype))
+    assert out.dtype is dx.dtype is layer.weight.grad.dtype is layer.running_var.dtype is dtype
+    for ours, theirs in ((out, expected), (dx, leaf.grad), (layer.weight.grad, twin.weight.grad)):
+        torch.testing.assert_close(ours.float(), theirs.detach(), atol=0.05, rtol=0.02)
