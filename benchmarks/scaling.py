@@ -3,11 +3,12 @@
     python benchmarks/scaling.py --json benchmarks/results/scaling.json
 
 Measured here, over gloo, one thread a process: the step of names_gpt by its recipe and of an MLP of 8 x 256, eager,
-sampling not included, without any communication, by TrainStep(process_group=) and by DistributedDataParallel around
-to_torch(model, layer_by_layer=True), here called DDP; and all_reduce of messages of several sizes. All processes take turns together,
-and the time is that of the slowest. What the model begins with are the steps without messages in both processes at
-once, which share the memory of one machine: one process alone is faster than its line says. Modelled, by the formulas of scaling_model.py: the same steps in up to 512
-processes, and those of a GPT that nobody here has trained. Nothing was measured on a GPU or on several machines.
+sampling not included, without messages, by TrainStep(process_group=), and by DDP, which is DistributedDataParallel
+around to_torch(model, layer_by_layer=True); and all_reduce of messages of several sizes. All processes take turns
+together, and the time is that of the slowest. Modelled, by the formulas of scaling_model.py: the same steps in up to
+512 processes, and those of a GPT that nobody here has trained. The model begins with the steps without messages in two
+processes at once, which share one machine: a process alone may be faster than its line says. Nothing was measured on
+a GPU or on several machines.
 
 The defaults of what is stated come from public figures:
 
