@@ -23,6 +23,7 @@ sys.path.insert(0, str(HERE.parent))  # the source beside it, also where handgra
 from memory import HEAD as MEMORY_HEAD  # noqa: E402
 from memory import row as memory_row  # noqa: E402
 from scaling_model import HEAD as SCALING_HEAD  # noqa: E402
+from scaling_model import beside_measured  # noqa: E402
 from scaling_model import chart as scaling_chart  # noqa: E402
 from scaling_model import row as scaling_row  # noqa: E402
 from steps import chart, table  # noqa: E402
@@ -189,6 +190,7 @@ def scaling(data: dict[str, Any]) -> tuple[str, Sequence[Sequence[str]], list[st
         "named in benchmarks/scaling.py. Modelled is worked out, not measured: by the formulas of",
         "benchmarks/scaling_model.py, for a ring. Weak: each process has the same number of rows; strong: they divide",
         "one minibatch, down to a row each. Nothing here ran on a GPU, or in more than two processes.",
+        f"What TrainStep took in two, beside what the model says: {'; '.join(beside_measured(data['results']))}.",
     ]
     return "Scaling: measured in two processes, modelled for many", rows, notes
 

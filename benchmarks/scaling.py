@@ -37,7 +37,22 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from scaling_model import ALONE, HEAD, HERE, STATED, Link, Task, chart, fitted_link, line, modelled, row
+from scaling_model import (
+    ALONE,
+    DDP,
+    HEAD,
+    HERE,
+    STATED,
+    TOGETHER,
+    Link,
+    Task,
+    beside_measured,
+    chart,
+    fitted_link,
+    line,
+    modelled,
+    row,
+)
 from torch import Tensor, nn
 
 from handgrad import SGD, CrossEntropy, Layer, Linear, Sequential, Tanh, TrainStep, to_torch
@@ -45,7 +60,6 @@ from handgrad.bench.report import write_json
 from handgrad.bench.timing import SECONDS_PER_BLOCK, Times
 from handgrad.tables import text_table
 
-GROUP, DDP = "TrainStep", "DDP"
 SIZES = (1 << 8, 1 << 12, 1 << 16, 1 << 18, 1 << 20, 1 << 22)  # bytes of the messages
 WORLDS = (1, 2)
 
@@ -97,7 +111,7 @@ def caller(subject: Subject, by: str, rows: int) -> Callable[[], object]:
     model, optimizer_of = subject.make()
     x, y = subject.draw(rows)
     if by != DDP:
-        group = True if by == GROUP else None
+        group = True if by == TOGETHER else None
         train = TrainStep(model, CrossEntropy(), optimizer_of(model.parameters()), process_group=group)
         return lambda: train(x, y)
     module, loss = nn.parallel.DistributedDataParallel(to_torch(model, layer_by_layer=True)), to_torch(CrossEntropy())
@@ -149,9 +163,9 @@ def contenders(subject: Subject, world: int) -> list[tuple[str, int]]:
     """Who takes turns: whose step, on how many rows."""
     B = subject.batch
     if world == 1:
-        return [(by, B) for by in (ALONE, GROUP, DDP)]
+        return [(by, B) for by in (ALONE, TOGETHER, DDP)]
     alone = [(ALONE, rows) for rows in sorted({B // 4, B // world, B, 2 * B})]
-    return [*alone, *((by, rows) for rows in (B // world, B) for by in (GROUP, DDP))]
+    return [*alone, *((by, rows) for rows in (B // world, B) for by in (TOGETHER, DDP))]
 
 
 def measure(rank: int, world: int, folder: str, seconds: float, names: Sequence[str]) -> None:
@@ -274,6 +288,7 @@ def main() -> None:
     results += modelled(model, STATED, stated, [0.0, args.overlap])
     print(f"{os.cpu_count()} cores, load {load:.1f} before the first measurement")
     print(text_table([HEAD, *map(row, results)], "lllrrrr"))
+    print("\nTrainStep in two processes, " + "\n  ".join(["weak and strong:", *beside_measured(results)]))
     if args.json:
         write_json(args.json, results, load=load, flags={k: v for k, v in vars(args).items() if k != "json"})
         chart(args.json.with_suffix(".png"), json.loads(args.json.read_text()))

@@ -35,7 +35,7 @@ from handgrad.tables import bytes_text, seconds_text
 
 PROCESSES = (1, 2, 8, 64, 512)
 HERE, STATED = "measured links", "stated links"
-ALONE = "no messages"
+ALONE, TOGETHER, DDP = "no messages", "TrainStep", "DDP"
 HEAD = ["", "task", "how", "processes", "rows each", "a step", "efficiency"]
 
 
@@ -133,6 +133,26 @@ def modelled(task: Task, links: str, link: Link, overlaps: Iterable[float]) -> l
                         "efficiency": alone / s.seconds / (p if scaling == "strong" else 1),
                     }
                 )
+    return found
+
+
+def beside_measured(results: Sequence[dict[str, Any]]) -> list[str]:
+    """How the model does: each step that was both measured, by TrainStep in two processes, and modelled."""
+    found = []
+    for r in results:
+        if r["kind"] == "modelled" and (r["links"], r["processes"]) == (HERE, 2):
+            same = {
+                "kind": "measured",
+                "what": "step",
+                "task": r["task"],
+                "by": TOGETHER,
+                "processes": 2,
+                "rows": r["rows"],
+            }
+            for m in results:
+                if m.items() >= same.items():
+                    times = f"{seconds_text(m['seconds'])} measured, {seconds_text(r['seconds'])} modelled"
+                    found.append(f"{r['task']}, {r['scaling']}: {times}")
     return found
 
 

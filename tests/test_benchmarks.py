@@ -280,6 +280,25 @@ def test_every_row_says_whether_it_was_measured(script, tmp_path):
     assert (tmp_path / "c.png").read_bytes()[:4] == b"\x89PNG"
 
 
+def test_the_model_is_told_beside_what_was_measured(script):
+    """In two processes, with as many rows, by TrainStep, over the links of this machine."""
+    model = script("scaling_model")
+    task, link = small_task(model), model.Link(1e-4, float("inf"))  # three messages of two hops: 0.6 ms
+    found = model.modelled(task, "measured links", link, [0.0]) + model.modelled(task, "stated links", link, [0.0])
+    step = {
+        "kind": "measured",
+        "what": "step",
+        "task": "a",
+        "by": "TrainStep",
+        "processes": 2,
+        "rows": 16,
+        "seconds": 4e-3,
+    }
+    others = [step | {"by": "DDP"}, step | {"processes": 1}, step | {"task": "b"}, step | {"rows": 8}]
+    assert model.beside_measured([step, *others, *found]) == ["a, strong: 4.0 ms measured, 3.2 ms modelled"]
+    assert model.beside_measured([*others, *found]) == []
+
+
 def test_the_model_begins_with_the_steps_without_messages_in_two_processes(script):
     scaling = script("scaling")
     alone = [
