@@ -15,10 +15,11 @@ Weak scaling: each process has the same number of rows, whatever p is; its effic
 scaling: one minibatch is divided, and the efficiency is step(1)/(p step(p)); a process has one row at the least, so
 beyond as many processes as rows the others wait.
 
-What it leaves out: that processes are unequally fast, and all wait for the slowest; links that others use, too; trees,
-which NCCL prefers to a ring for short messages and many processes, and whose latency grows as log p; that the update
-is the same for every process, and so part of `fixed`; what collecting gradients in buckets and putting them back costs.
-So with a ring it is pessimistic about latency, and optimistic about the rest.
+What it leaves out: that processes are unequally fast, and all wait for the slowest; links that others use, too; what
+collecting gradients in buckets and putting them back costs; for a stated model, what a step costs beside its
+arithmetic, the update included (`fixed` is zero); and trees, which NCCL prefers to a ring for short messages and many
+processes, and whose latency grows as log p. So with many processes it is pessimistic about latency, and optimistic
+about the rest.
 """
 
 from __future__ import annotations
