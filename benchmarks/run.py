@@ -23,12 +23,16 @@ sys.path.insert(0, str(HERE.parent))  # the source beside it, also where handgra
 from memory import DEEP_HEAD, deep_rows  # noqa: E402
 from memory import HEAD as MEMORY_HEAD  # noqa: E402
 from memory import row as memory_row  # noqa: E402
+from scaling_model import HEAD as SCALING_HEAD  # noqa: E402
+from scaling_model import beside_measured  # noqa: E402
+from scaling_model import chart as scaling_chart  # noqa: E402
+from scaling_model import row as scaling_row  # noqa: E402
 from steps import chart, table  # noqa: E402
 
 from handgrad.bench.report import inside_text  # noqa: E402
 from handgrad.tables import bytes_text, seconds_text  # noqa: E402
 
-CHARTS = ("names_mlp", "deep")
+CHARTS = {"names_mlp": chart, "deep": chart, "scaling": scaling_chart}
 OF_THE_MLP = ("Linear", "BatchNorm1d", "Tanh", "CrossEntropy", "Embedding", "Flatten")
 
 
@@ -59,6 +63,7 @@ def markdown(results: Path) -> str:
         ("memory_deep", deep_memory),
         ("watching", watching),
         ("checks", checks),
+        ("scaling", scaling),
     ):
         path = results / f"{name}.json"
         if not path.exists():
@@ -191,6 +196,22 @@ def watching(data: dict[str, Any]) -> tuple[str, Sequence[Sequence[str]], list[s
     return "What looking inside costs", rows, ["A TrainStep of the names MLP, batch 32, one thread, in turns."]
 
 
+def scaling(data: dict[str, Any]) -> tuple[str, Sequence[Sequence[str]], list[str]]:
+    """One row per result, which begins with measured, fitted, stated or modelled."""
+    rows = [SCALING_HEAD, *map(scaling_row, data["results"])]
+    notes = [
+        "Measured is what took that long here: gloo between processes of this one machine, one thread each, the",
+        f"slowest of them; {data['environment']['cores']} cores, load {data['load']:.1f} before. DDP is torch's",
+        "DistributedDataParallel around to_torch(model, layer_by_layer=True). Fitted are lines through that: through",
+        "all_reduce, and through the steps without messages of both processes at once. Stated are public figures,",
+        "named in benchmarks/scaling.py. Modelled is worked out, not measured: by the formulas of",
+        "benchmarks/scaling_model.py, for a ring. Weak: each process has the same number of rows; strong: they divide",
+        "one minibatch, down to a row each. Nothing here ran on a GPU, or in more than two processes.",
+        f"What TrainStep took in two, beside what the model says: {'; '.join(beside_measured(data['results']))}.",
+    ]
+    return "Scaling: measured in two processes, modelled for many", rows, notes
+
+
 def main() -> None:
     """Run everything, one after the other."""
     p = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
@@ -231,6 +252,7 @@ def main() -> None:
             script("models.py", "--seconds", "1" if args.quick else "20", "--json", str(out / "models.json")),
             script("watching.py", "--seconds", "1" if args.quick else "20", "--json", str(out / "watching.json")),
             script("checks.py", *(["--only", "Tanh"] if args.quick else []), "--json", str(out / "checks.json")),
+            script("scaling.py", "--seconds", "1" if args.quick else "20", "--json", str(out / "scaling.json")),
         ]
         failed = []
         for command in commands:
@@ -240,9 +262,9 @@ def main() -> None:
                 failed.append(" ".join(command[1:]))
         if failed:
             print("failed: " + "; ".join(failed), file=sys.stderr)
-    for name in CHARTS:
+    for name, draw in CHARTS.items():
         if (out / f"{name}.json").exists():
-            chart(out / f"{name}.png", json.loads((out / f"{name}.json").read_text()))
+            draw(out / f"{name}.png", json.loads((out / f"{name}.json").read_text()))
     (out / "README.md").write_text(markdown(out))
     print(f"wrote {out}/README.md")
 

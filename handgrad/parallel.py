@@ -4,7 +4,7 @@ Every process has the whole model. Each runs forward and backward on its part, a
 update, so that all take the same step: that of the joined minibatch. `TrainStep(..., process_group=True)` does it all.
 Start so many processes with ``torchrun --nproc-per-node 2 script.py``, and in each:
 
-    torch.distributed.init_process_group("gloo")  # "nccl" on GPUs
+    torch.distributed.init_process_group("gloo")  # on GPUs "nccl", after torch.cuda.set_device of a GPU per process
     step = TrainStep(model, loss, optimizer, process_group=True)
     step(x[rank::world], target[rank::world])
 

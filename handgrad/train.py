@@ -47,8 +47,8 @@ class TrainStep:
     With `release_gradients` each parameter is updated as soon as its gradient is complete, while the backward of the
     rest still runs, and the gradient is freed: few are there at once, and after the step `.grad` is None. The results
     are the same, bit by bit; but a step that fails in its backward may have updated some parameters. There is then no
-    `max_norm`, which needs all gradients, no `accumulate` or `process_group`, no compile(), and no optimizer but SGD and those of
-    torch.optim that update each parameter by itself (all but LBFGS and SparseAdam), without step hooks.
+    `max_norm`, which needs all gradients, no `accumulate` or `process_group`, no compile(), and no optimizer but SGD
+    and those of torch.optim that update each parameter by itself (all but LBFGS and SparseAdam), without step hooks.
 
     With `process_group`, one of torch.distributed or True for that of all processes, each process gives the step its
     part of the minibatch (see handgrad.parallel), and all take the step of the joined one. Parts may be of any size, or

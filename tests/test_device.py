@@ -74,9 +74,10 @@ def there(t):
 
 
 def moved(layer):
-    """A copy of the layer on the device."""
+    """A copy of the layer on the device, drawing from the same generators."""
     tensors = [t for _, t in (*layer.named_parameters(), *layer.named_buffers())]
-    return copy.deepcopy(layer, {id(t): there(t) for t in tensors})
+    drawing = [la.generator for _, la in layer.named_layers() if getattr(la, "generator", None) is not None]
+    return copy.deepcopy(layer, {id(t): there(t) for t in tensors} | {id(g): g for g in drawing})
 
 
 def forward_backward(layer, inputs):

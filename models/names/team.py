@@ -32,7 +32,10 @@ class Team:
 
     def __enter__(self) -> Team:
         if self.size > 1:
-            backend = "nccl" if self.device.startswith("cuda") else "gloo"
+            backend = "gloo"
+            if self.device.startswith("cuda"):
+                backend = "nccl"
+                torch.cuda.set_device(self.device)  # where NCCL puts what is no tensor, such as the names of parameters
             if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
                 # which outlives the processes: what those of an earlier attempt left in it must not be met again
                 store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)

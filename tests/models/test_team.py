@@ -36,11 +36,23 @@ def workers(agent: int) -> list[int]:
     return [int(line) for line in found.stdout.split()]
 
 
-def a_team(monkeypatch: pytest.MonkeyPatch, rank: int, size: int) -> Team:
+def a_team(monkeypatch: pytest.MonkeyPatch, rank: int, size: int, device: str = "cpu") -> Team:
     names = {"TORCHELASTIC_RUN_ID": "x", "RANK": rank, "WORLD_SIZE": size, "TORCHELASTIC_RESTART_COUNT": 3}
     for name, value in (names | {"LOCAL_RANK": rank}).items():
         monkeypatch.setenv(name, str(value))
-    return Team("cpu")
+    return Team(device)
+
+
+def test_on_gpus_each_process_has_one_before_they_meet(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or all would send what is no tensor from the first GPU."""
+    said: list[tuple[str, str]] = []
+    monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
+    monkeypatch.setattr("torch.cuda.set_device", lambda device: said.append(("device", device)))
+    monkeypatch.setattr("torch.distributed.init_process_group", lambda backend: said.append(("group", backend)))
+    monkeypatch.setattr("torch.distributed.destroy_process_group", lambda: said.append(("group", "destroyed")))
+    with a_team(monkeypatch, 1, 2, "cuda") as team:
+        assert team.device == "cuda:1"
+    assert said == [("device", "cuda:1"), ("group", "nccl"), ("group", "destroyed")]
 
 
 def test_the_parts_are_the_minibatches(monkeypatch: pytest.MonkeyPatch) -> None:

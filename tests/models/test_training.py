@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
+import names_gpt
 import names_gru
+import names_mlp
+import names_wavenet
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.functional import cross_entropy
 
+from handgrad import CrossEntropy, Layer, TrainStep
 from names import training
 from names.data import IGNORED, Vocabulary, read_names
+from names.run import Recipe, Run
 from tests.models.running import equal_checkpoints, script
+from tests.test_device import DEVICE, moved
 
 
 def test_two_runs_with_one_seed_are_identical(tmp_path: Path, data: Path) -> None:
@@ -45,3 +53,28 @@ def test_the_loss_on_a_split_is_the_mean_over_its_targets(data: Path, monkeypatc
         monkeypatch.setattr(training, "ROWS_AT_ONCE", rows)
         assert training.evaluate(model, split) == pytest.approx(expected, rel=1e-12)
     assert model.training
+
+
+@pytest.mark.parametrize(
+    "recipe", [m.RECIPE for m in (names_mlp, names_wavenet, names_gru, names_gpt)], ids=lambda r: r.name
+)
+def test_a_run_on_another_device_has_all_of_it_there(
+    recipe: Recipe, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Model, data and optimizer; minibatches and masks are drawn on the CPU, and losses kept there. No GPU need be."""
+    names = read_names(data)[:50]
+    vocabulary, config = Vocabulary.of(names), replace(recipe.defaults, steps=1000)
+    monkeypatch.setattr(Layer, "to", lambda layer, device: moved(layer))  # as a tensor in place, none can become a fake
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        run = Run.new(recipe, config, vocabulary, DEVICE)
+        split = recipe.split(names, vocabulary, config.block_size, DEVICE)
+        step = TrainStep(run.model, CrossEntropy(), run.optimizer)
+        training.train(run, step, split, split, lambda: run.step == 0)
+    assert run.step == training.STEPS_PER_LOOK
+    params = list(run.model.parameters())
+    state = [t for p in params for name, t in run.optimizer.state[p].items() if name != "step"]
+    grads = [p.grad for p in params if p.grad is not None]
+    there = [split.x, split.y, *params, *grads, *(b for _, b in run.model.named_buffers()), *state]
+    assert len(grads) == len(params)
+    assert {t.device.type for t in there} == {DEVICE.type}
+    assert (run.losses.device.type, run.generator.device.type) == ("cpu", "cpu")
