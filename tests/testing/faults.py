@@ -176,8 +176,8 @@ faults(
     hg.SGD,
     ("weight decay after the momentum", "states = [", "torch._foreach_mul_(params, 1 - group['lr'] * "
      "group['weight_decay']); group = {**group, 'weight_decay': 0}; states = ["),
-    ("the first group's learning rate for all", 'if group["momentum"] == 0:',
-     "group = {**group, 'lr': self.param_groups[0]['lr']}\n    if group['momentum'] == 0:"),
+    ("the first group's learning rate for all", "if not isinstance(group",
+     "group = {**group, 'lr': self.param_groups[0]['lr']}\n    if not isinstance(group"),
     method="_update", by="check_optimizer",
 )  # fmt: skip
 faults(

@@ -343,7 +343,9 @@ def test_frozen_parameters_have_no_gradient(of_layer):
         "noticed by gradients",
         "does not apply: no parameters",
     )
-    check_layer(lambda D: of_layer(D), x="N D", oracle="differences", skip={"sensitivity": "as above"}, examples=10)
+    far = "of equal rows far out, a batch norm changes too much within a difference"
+    skip = {"sensitivity": "as above", "special": far}
+    check_layer(lambda D: of_layer(D), x="N D", oracle="differences", skip=skip, examples=10)
 
 
 def test_a_frozen_parameter_that_gets_a_gradient_is_told():
