@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, fx
 
 from handgrad.errors import CompileError
-from handgrad.indices import check_indices
+from handgrad.rewrites import add_bias_apart, check_indices
 from handgrad.layer import Layer, is_frozen
 from handgrad.minibatches import rebuilt, taken_apart
 from handgrad.randomness import SEEDS, seeded
@@ -236,6 +236,7 @@ def trace(stage: Stage, x: Any, target: Any) -> Traced:
     moved = {id(t) for t in (*optimized, *[stage.params[i] for i in graded])}
     updated = {i for i in changed if id(state[i]) in moved}
     checked = check_indices(graph)
+    add_bias_apart(graph)
     return Traced(graph, state, wanted, parts, changed, updated, graded, checked, drawn > 0, digest)
 
 

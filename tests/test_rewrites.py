@@ -1,4 +1,4 @@
-"""Indices in a program: clamped to their range, and whether one was outside is a result."""
+"""Rewrites of a graph: indices clamped to their range, and whether one was outside a result; biases added apart."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from handgrad.indices import check_indices
+from handgrad.rewrites import add_bias_apart, check_indices
 from tests.versions import COMPILES
 
 X = torch.arange(12.0).view(4, 3)
@@ -66,3 +66,13 @@ def test_what_several_read_through_views_is_looked_at_once() -> None:
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_indices_that_come_of_values_are_left_alone() -> None:
     assert not check_indices(graph_of(lambda x: x.gather(1, x.argmax(1, keepdim=True)), X))
+
+
+@COMPILES
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_a_bias_is_added_apart() -> None:
+    weight, bias = torch.randn(5, 3), torch.randn(5)
+    graph = graph_of(lambda x, w, b: nn.functional.linear(x, w, b), X, weight, bias)
+    add_bias_apart(graph)
+    assert not graph.graph.find_nodes(op="call_function", target=torch.ops.aten.addmm.default)
+    torch.testing.assert_close(graph(X, weight, bias)[0], nn.functional.linear(X, weight, bias))
