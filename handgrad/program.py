@@ -26,11 +26,11 @@ import torch
 from torch import Tensor, fx
 
 from handgrad.errors import CompileError
-from handgrad.rewrites import add_bias_apart, check_indices
 from handgrad.layer import Layer, is_frozen
 from handgrad.minibatches import rebuilt, taken_apart
 from handgrad.randomness import SEEDS, seeded
 from handgrad.records import tensors_in
+from handgrad.rewrites import add_bias_apart, check_indices
 
 SCHEDULED = ("lr", "momentum", "betas")
 """The options of an optimizer that schedulers change: inputs of the program, or each value would be compiled anew."""
