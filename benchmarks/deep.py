@@ -56,6 +56,7 @@ def rows_of(task: Task, wide: bool) -> list[Row]:
     return [
         Row("handgrad, TrainStep", partial(train_step, task)),
         Row("handgrad, compiled, one step a call", partial(train_step, task, compiled=True), compiles=True),
+        Row("handgrad, compiled, .many of 32 steps", partial(train_step, task, compiled=True, many=32), compiles=True),
         Row("torch.nn, autograd, SGD", partial(autograd, task)),
         Row("JAX, jit of a step", partial(by_jax, task), compiles=True, needs="jax"),
         Row("JAX, scan of 32 steps", partial(by_jax, task, 32), compiles=True, needs="jax"),
