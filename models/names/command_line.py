@@ -73,7 +73,7 @@ def run_script(recipe: Recipe, args: argparse.Namespace, stop: Stop, team: Team)
         except CompileError as error:
             raise InputError(str(error)) from None
         step = compiled if args.compile else step
-    files, saved, failure = Files(), time.monotonic(), None
+    files, saved, failure, stopping = Files(), time.monotonic(), None, False
 
     def save() -> None:
         """Keep the run as it is; once a loss was not finite, the checkpoint of before is worth more."""
@@ -101,7 +101,7 @@ def run_script(recipe: Recipe, args: argparse.Namespace, stop: Stop, team: Team)
 
         def go_on() -> bool:
             """Between two stretches of steps: save now and then, show progress; whether to go on."""
-            nonlocal saved
+            nonlocal saved, stopping
             if time.monotonic() - saved > SAVE_EVERY:
                 told = bool(files.failures)
                 save()
@@ -109,16 +109,17 @@ def run_script(recipe: Recipe, args: argparse.Namespace, stop: Stop, team: Team)
                     print(f"{recipe.name}: {files.failures['checkpoint']}; the run goes on", file=sys.stderr)
                 saved = time.monotonic()
             show_progress()
-            stop.asked = team.agree(stop.asked)
+            stopping = team.agree(stop.asked)
             team.begin_stretch(run)
-            return not stop.asked
+            return not stopping
 
         try:
             train(run, step, splits["train"], splits["val"], go_on, inside.around, args.tripwire, team.part)
         except NonFiniteError as error:
             failure = error
     save()
-    stopped = stop.asked or failure is not None
+    stopping = stopping or stop.asked
+    stopped = stopping or failure is not None
     if args.export is not None:
         remark = f"after step {run.step:,}"
         files.note(
@@ -133,7 +134,7 @@ def run_script(recipe: Recipe, args: argparse.Namespace, stop: Stop, team: Team)
         problems.append(f"the run diverged: {first}; {remedy}")
     for problem in problems:
         fail(recipe, problem, 1)
-    return 130 if stop.asked else int(bool(problems))
+    return 130 if stopping else int(bool(problems))
 
 
 def begin(

@@ -134,6 +134,15 @@ faults(
     method="_normalize",
 )  # fmt: skip
 faults(
+    hg.SyncBatchNorm,
+    ("the path through the mean forgotten", "column(dbias) + xhat", "xhat"),
+    ("the path through the variance forgotten", "xhat * column(dweight)", "0 * xhat * column(dweight)"),
+    ("statistics taken for constants", "if m is None:", "if True:"),
+    ("m where n belongs: right without unbiased", "* (n / m)) / max(n, 1)", ") / max(n, 1)"),
+    ("dweight of x - mean, not of xhat", "self.add_grad(weight, dweight)", "self.add_grad(weight, dweight / rstd)"),
+    ("weight forgotten in dx: right for weight 1", "rstd if weight is None else rstd * weight", "rstd"),
+)  # fmt: skip
+faults(
     hg.CrossEntropy,
     ("dout ignored: right for the plain loss.backward()", "self.row_dlosses(dout,",
      "self.row_dlosses(dout if dout is not None and dout.dim() else None,"),
