@@ -223,18 +223,19 @@ def trace(stage: Stage, x: Any, target: Any) -> Traced:
         exported = torch.export.export(_Step(stage, state, wanted, structure, found), inputs, strict=False)
         digest = _digest(exported, [*state, *parts], stage)
         exported = exported.run_decompositions()
-    graph, specs = exported.graph_module, exported.graph_signature.input_specs
+    graph, constants = exported.graph_module, {}
     names = []
-    for spec in specs:
+    for spec in exported.graph_signature.input_specs:
         if spec.target is None:
             names.append(spec.arg.name)
-        else:
-            _hold(graph, spec.arg.name, exported.constants[spec.target])
-    graph.recompile()
+        else:  # such as torch.tensor(0.5) in a layer
+            constants[spec.arg.name] = exported.constants[spec.target]
     outputs = [spec.target for spec in exported.graph_signature.output_specs]
     changed = [names.index(name) for name in outputs if name is not None]
     moved = {id(t) for t in (*optimized, *[stage.params[i] for i in graded])}
     updated = {i for i in changed if id(state[i]) in moved}
+    _move_inputs(graph, list(constants), before=names[len(state)])
+    state += constants.values()
     checked = check_indices(graph)
     add_bias_apart(graph)
     return Traced(graph, state, wanted, parts, changed, updated, graded, checked, drawn > 0, digest)
@@ -256,13 +257,12 @@ def _extent(t: Tensor) -> int:
     return t.element_size() * (1 + sum((n - 1) * stride for n, stride in zip(t.shape, t.stride())))
 
 
-def _hold(module: fx.GraphModule, name: str, value: Any) -> None:
-    """Make an input of the graph a constant of it, such as torch.tensor(0.5) in a layer."""
-    (node,) = (node for node in module.graph.nodes if node.op == "placeholder" and node.name == name)
-    module.register_buffer(name, value)
-    node.op, node.target = "get_attr", name
-    first = next(n for n in module.graph.nodes if n.op != "placeholder" and n is not node)
-    first.prepend(node)
+def _move_inputs(module: fx.GraphModule, names: Sequence[str], before: str) -> None:
+    """Make some inputs of a graph come just before another one."""
+    nodes = {node.name: node for node in module.graph.nodes if node.op == "placeholder"}
+    for name in names:
+        nodes[before].prepend(nodes[name])
+    module.recompile()
 
 
 def _digest(exported: torch.export.ExportedProgram, tensors: Tensors, stage: Stage) -> str:

@@ -662,7 +662,10 @@ class TestCompiled:
     def test_an_optimizer_of_torch_does_its_own_update(self):
         a, b = make_model(), make_model()
         xs, targets = make_data(3)
-        options = {"make_optimizer": torch.optim.AdamW, "eps": 1e-3}  # or it would magnify the noise of a zero gradient
+        options = {
+            "make_optimizer": torch.optim.RMSprop,
+            "eps": 1e-3,
+        }  # or it would magnify the noise of a zero gradient
         eager, compiled = make_step(a, **options), make_step(b, **options).compile()
         torch.testing.assert_close(compiled.many(xs, targets), eager.many(xs, targets))
         assert_same_state(b, a)
@@ -801,7 +804,7 @@ class TestCompiled:
             pytest.skip("the random numbers of a seed are the compiler's")
 
         def losses(seed: int, p: float = 0.5) -> Tensor:
-            model = Sequential(hg.Dropout(p, generator=torch.Generator().manual_seed(seed)), Linear(64, 1))
+            model = Sequential(hg.Dropout(p, generator=torch.Generator().manual_seed(seed)), Linear(64, 1, bias=False))
             model[1].weight.fill_(1.0)
             step = TrainStep(model, MSE(), SGD(model.parameters(), lr=0.0)).compile()
             return step.many(torch.ones(4, 8, 64), torch.zeros(4, 8, 1))
