@@ -832,7 +832,8 @@ class TestCompiled:
         targets[2, 0] = 99
         with pytest.raises(IndexRangeError) as caught:
             step.many(xs, targets)
-        assert caught.value.__notes__ == ["0 of the 4 steps of TrainStep.many are done"]
+        if hasattr(caught.value, "add_note"):  # of Python 3.11 and newer
+            assert caught.value.__notes__ == ["0 of the 4 steps of TrainStep.many are done"]
         torch.testing.assert_close(full_state(step), before, rtol=0, atol=0)
 
     def test_tensors_that_a_layer_makes_or_holds_undeclared(self):
