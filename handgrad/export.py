@@ -42,11 +42,7 @@ def write(path: Path, traced: Traced, stage: Stage, model: Layer, loss: Layer, p
         "accumulate": stage.accumulate,
     }
     progress.tell("compiling")
-    from torch._inductor import config
-
-    # or the check of the inputs refuses a single step: torch takes it that any K is 2 or more
-    with config.patch("aot_inductor.check_lowerbound", False):
-        package(traced, stage, path, {key: json.dumps(value) for key, value in lists.items()})
+    package(traced, stage, path, {key: json.dumps(value) for key, value in lists.items()})
     rest = dict([(name, t) for name, t in state if name not in own] + rates)
     for kind, tensors in ((".safetensors", own), (".training.safetensors", rest)):
         draft = path.with_suffix(kind + ".part")

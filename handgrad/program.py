@@ -221,7 +221,6 @@ def trace(stage: Stage, x: Any, target: Any) -> Traced:
         for p in stage.params:
             p.grad = None  # or torch would take it for a part of the input
         exported = torch.export.export(_Step(stage, state, wanted, structure, found), inputs, strict=False)
-        digest = _digest(exported, [*state, *parts], stage)
         exported = exported.run_decompositions()
     graph, constants = exported.graph_module, {}
     names = []
@@ -238,6 +237,8 @@ def trace(stage: Stage, x: Any, target: Any) -> Traced:
     state += constants.values()
     checked = check_indices(graph)
     add_bias_apart(graph)
+    what = graph.code, changed, updated, graded, checked, drawn > 0
+    digest = _digest(what, [*state, *parts], stage)
     return Traced(graph, state, wanted, parts, changed, updated, graded, checked, drawn > 0, digest)
 
 
@@ -265,14 +266,12 @@ def _move_inputs(module: fx.GraphModule, names: Sequence[str], before: str) -> N
     module.recompile()
 
 
-def _digest(exported: torch.export.ExportedProgram, tensors: Tensors, stage: Stage) -> str:
-    """A name for what is compiled: of the step's text, the tensors' kinds, and what torch compiles it with and for."""
-    constants = [(name, t.tolist() if isinstance(t, Tensor) else t) for name, t in exported.constants.items()]
+def _digest(what: tuple[Any, ...], tensors: Tensors, stage: Stage) -> str:
+    """A name for what is compiled: of the graph, the tensors' kinds, and what torch compiles it with and for."""
     kinds = [(t.shape, t.stride(), t.dtype, t.device) for t in tensors]
     machine = torch.__version__, torch.backends.cpu.get_cpu_capability(), torch.get_num_threads(), os.environ.get("CXX")
-    text = exported.graph_module.code, exported.graph_signature, constants
     ways = stage.accumulate, stage.mean, Path(__file__).read_text()
-    return hashlib.sha256(repr((*text, kinds, *machine, *ways)).encode()).hexdigest()
+    return hashlib.sha256(repr((*what, kinds, *machine, *ways)).encode()).hexdigest()
 
 
 class _Loop(torch.nn.Module):
@@ -401,7 +400,8 @@ def package(traced: Traced, stage: Stage, path: Path, metadata: dict[str, str] |
     inputs = (traced.state, [_number(0.5) for _ in traced.numbers], parts, seeds, first, last)
     same = [None] * len(traced.state), [None] * len(traced.numbers)
     shapes = (*same, [{0: K}] * len(parts), [{0: K}] * len(seeds), None, None)
-    options: dict[str, Any] = {} if metadata is None else {"aot_inductor.metadata": metadata}
+    # or the check of the inputs refuses a single step: torch takes it that any K is 2 or more
+    options: dict[str, Any] = {"aot_inductor.check_lowerbound": False, "aot_inductor.metadata": metadata or {}}
     path.parent.mkdir(parents=True, exist_ok=True)
     with _one_at_a_time, _quiet(), tempfile.TemporaryDirectory(dir=path.parent) as folder:
         exported = torch.export.export(_Loop(traced, stage), inputs, dynamic_shapes=shapes, strict=False)

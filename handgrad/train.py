@@ -184,7 +184,7 @@ class TrainStep:
 
         Raises CompileError with a torch older than 2.13; on a CPU, without a C++ compiler; with a process group.
         """
-        self._refuse_processes("compile")
+        self._refuse_what_no_program_can("compile")
         return CompiledTrainStep(self, progress)
 
     def export(self, path: str | PathLike[str], x: Any, target: Any, *, progress: bool | None = None) -> None:
@@ -213,12 +213,7 @@ class TrainStep:
         The optimizer must be handgrad's SGD, or torch.optim's Adam or AdamW. Raises ArgumentError; what `compile` and
         its first call raise. It needs safetensors.
         """
-        self._refuse_processes("export")
-        if torch.__version__ < COMPILING:
-            _refuse_old("export")
-        self._refuse_releasing("export")
-        if any(p.device.type == "cpu" for p in self.params):
-            _require_compiler("export")
+        self._refuse_what_no_program_can("export")
         if not _in_program(self.optimizer):
             problem = "handgrad's SGD, torch.optim.Adam or AdamW, without step hooks, for the program does the update"
             raise ArgumentError(
@@ -253,14 +248,17 @@ class TrainStep:
 
     def _losses(self, x: Any, target: Any, shares: Tensor | None = None) -> list[Tensor]:
         """Forward, loss and backward of each minibatch, which has its share in the gradient, by default all."""
-        if self.accumulate == 1:
-            return [self._forward_backward(x, target, True, None if shares is None else shares[0])]
-        self._check_accumulated(x, target)
         return [
             self._forward_backward(x_a, target_a, a == 0, None if shares is None else shares[a])
-            for a in range(self.accumulate)
-            for x_a, target_a in [(minibatches(x, a), minibatches(target, a))]
+            for a, (x_a, target_a) in enumerate(self._pairs(x, target))
         ]
+
+    def _pairs(self, x: Any, target: Any) -> list[tuple[Any, Any]]:
+        """The minibatches of a step."""
+        if self.accumulate == 1:
+            return [(x, target)]
+        self._check_accumulated(x, target)
+        return [(minibatches(x, a), minibatches(target, a)) for a in range(self.accumulate)]
 
     def _joined_losses(self, processes: Processes, x: Any, target: Any) -> list[Tensor]:
         """The same of the minibatches that all processes have together, of which x and target are this one's parts.
@@ -272,10 +270,8 @@ class TrainStep:
         announce = not any(isinstance(layer, SyncBatchNorm) for _, layer in self.model.named_layers())
 
         def divisors() -> Tensor:
-            if A > 1:
-                self._check_accumulated(x, target)
-            each = [minibatches(target, a) for a in range(A)] if A > 1 else [target]
-            return numbers_near([float(self.loss.divisor(t)) if self._mean else 1.0 for t in each], params)
+            each = [float(self.loss.divisor(t)) if self._mean else 1.0 for _, t in self._pairs(x, target)]
+            return numbers_near(each, params)
 
         def work() -> Tensor:
             losses[:] = self._losses(x, target, shares)
@@ -358,10 +354,20 @@ class TrainStep:
         except Exception as plain:
             raise plain from None
 
-    def _refuse_processes(self, what: str) -> None:
+    def _refuse_what_no_program_can(self, what: str) -> None:
+        """Raise where there can be no program: for what the step does, or for what is installed here."""
         if self.processes is not None:
             problem = "messages to other processes are no part of a program; use the step as it is, or without a "
             raise CompileError(f"TrainStep.{what}: {problem}process_group")
+        if torch.__version__ < COMPILING:
+            problem = f"torch must be {COMPILING} or newer, for graphs of an older one take an index of -1, or crash; "
+            problem += f"upgrade it, or use the step as it is; got {torch.__version__}"
+            raise CompileError(f"TrainStep.{what}: {problem}")
+        if self._release is not None:
+            problem = "a program gives all gradients back at its end; leave out release_gradients"
+            raise ArgumentError(f"TrainStep.{what}: {problem}")
+        if any(p.device.type == "cpu" for p in self.params):
+            _require_compiler(what)
 
     def _begin(self) -> None:
         """Claim the model for this step until `del _at_work[id(self.model)]`."""
@@ -371,11 +377,6 @@ class TrainStep:
         if model._records or self.loss._records:
             del _at_work[id(model)]
             self._refuse_leftovers()
-
-    def _refuse_releasing(self, what: str) -> None:
-        if self._release is not None:
-            problem = "a program gives all gradients back at its end; leave out release_gradients"
-            raise ArgumentError(f"TrainStep.{what}: {problem}")
 
     def _refuse_leftovers(self) -> None:
         for layer in (self.model, self.loss):
@@ -388,11 +389,6 @@ class CompiledTrainStep(TrainStep):
     """What `TrainStep.compile` returns: the same calls, by programs that are made when first needed."""
 
     def __init__(self, step: TrainStep, progress: bool | None) -> None:
-        if torch.__version__ < COMPILING:
-            _refuse_old("compile")
-        step._refuse_releasing("compile")
-        if any(p.device.type == "cpu" for p in step.params):
-            _require_compiler("compile")
         super().__init__(step.model, step.loss, step.optimizer, max_norm=step.max_norm, accumulate=step.accumulate)
         self._progress = sys.stderr.isatty() if progress is None else progress
         self._made: list[tuple[Fingerprint, dict[Any, Program]]] = []  # the latest used first
@@ -485,12 +481,6 @@ class CompiledTrainStep(TrainStep):
                     del self.optimizer.state[p]  # as without a program: no gradient, no state
             fingerprint = Fingerprint(stage.layers, self.params, traced.state, self.optimizer, SCHEDULED)
             return fingerprint, compiled(traced, stage, progress.tell)
-
-
-def _refuse_old(what: str) -> None:
-    problem = f"torch must be {COMPILING} or newer, for graphs of an older one take an index of -1, or crash; "
-    problem += f"upgrade it, or use the step as it is; got {torch.__version__}"
-    raise CompileError(f"TrainStep.{what}: {problem}")
 
 
 def _refuse_no_gradient(params: list[Tensor]) -> None:
