@@ -30,7 +30,7 @@ from handgrad.layer import Layer, is_frozen
 from handgrad.minibatches import rebuilt, taken_apart
 from handgrad.randomness import SEEDS, seeded
 from handgrad.records import tensors_in
-from handgrad.rewrites import add_bias_apart, check_indices
+from handgrad.rewrites import add_bias_apart, check_indices, tanh_by_exp
 
 SCHEDULED = ("lr", "momentum", "betas")
 """The options of an optimizer that schedulers change: inputs of the program, or each value would be compiled anew."""
@@ -64,8 +64,7 @@ class Stage(NamedTuple):
 class Traced(NamedTuple):
     """The step as a pure graph of (state, numbers, sums of gradients, parts of x and target, seed).
 
-    Its results: the changed state, the loss, the sums so far where several minibatches are accumulated, the gradients,
-    and whether an index was out of range.
+    Its results: the changed state, the loss, the sums so far where several minibatches are accumulated, the gradients.
     """
 
     graph: fx.GraphModule
@@ -75,7 +74,7 @@ class Traced(NamedTuple):
     changed: list[int]  # which of the state it changes
     updated: set[int]  # which of those the optimizer changes
     graded: list[int]  # which of the parameters get a gradient
-    checked: bool  # whether the last result is there
+    check: fx.GraphModule | None  # whether an index is out of range, of the same inputs; None where there is no index
     seeded: bool  # whether it draws random numbers
     digest: str  # of everything that decides what is compiled
 
@@ -235,11 +234,14 @@ def trace(stage: Stage, x: Any, target: Any) -> Traced:
     updated = {i for i in changed if id(state[i]) in moved}
     _move_inputs(graph, list(constants), before=names[len(state)])
     state += constants.values()
-    checked = check_indices(graph)
+    check = check_indices(graph)
+    if check is not None:
+        _refuse_moving_indices(check, [names[i] for i in changed])
     add_bias_apart(graph)
-    what = graph.code, changed, updated, graded, checked, drawn > 0
+    tanh_by_exp(graph)
+    what = graph.code, check and check.code, changed, updated, graded, drawn > 0
     digest = _digest(what, [*state, *parts], stage)
-    return Traced(graph, state, wanted, parts, changed, updated, graded, checked, drawn > 0, digest)
+    return Traced(graph, state, wanted, parts, changed, updated, graded, check, drawn > 0, digest)
 
 
 def _refuse_overlap(state: Tensors) -> None:
@@ -251,6 +253,14 @@ def _refuse_overlap(state: Tensors) -> None:
                 f"two tensors of the model or the optimizer, of shapes {shape} and {other}, share memory; give each "
             )
             raise CompileError(f"TrainStep.compile: {problem}its own, or let the layers hold the very same tensor")
+
+
+def _refuse_moving_indices(check: fx.GraphModule, changed: Sequence[str]) -> None:
+    """Raise CompileError where an index comes of what the steps change, for it is looked at before the first of them."""
+    used = [node.name for node in check.graph.nodes if node.op == "placeholder" and node.users]
+    if set(used).intersection(changed):
+        problem = "an index is computed of a tensor that the step changes; "
+        raise CompileError(f"TrainStep.compile: {problem}use the step as it is, or compute it of the minibatch")
 
 
 def _extent(t: Tensor) -> int:
@@ -275,7 +285,7 @@ def _digest(what: tuple[Any, ...], tensors: Tensors, stage: Stage) -> str:
 
 
 class _Loop(torch.nn.Module):
-    """Do the steps of the minibatches `first` to `last` - 1; stop, and change nothing, at an index out of range."""
+    """Do the steps of the minibatches `first` to `last` - 1, or none of them where one has an index out of range."""
 
     def __init__(self, traced: Traced, stage: Stage) -> None:
         super().__init__()
@@ -289,46 +299,94 @@ class _Loop(torch.nn.Module):
         graph, traced, A = self.graph, self.traced, self.stage.accumulate
         changed, C, G = traced.changed, len(traced.changed), len(traced.graded)
 
+        wrong, last = self._look(state, parts, first, last)
         # what the two functions below read comes as arguments, each tensor once: they are traced as graphs themselves
         kept = [i for i in range(len(state)) if i not in set(changed)]
         given = (*[state[i] for i in kept], *values, *parts, *seeds, last)
+        moving, grads = _Packed([state[i] for i in changed]), _Packed([state[i] for i in traced.graded])
+        M, size = len(moving), len(state)
 
-        def goes_on(k: Tensor, wrong: Tensor, *rest: Tensor) -> Tensor:
-            return (k < rest[-1]) & ~wrong
+        def goes_on(k: Tensor, *rest: Tensor) -> Tensor:
+            return k < rest[-1]
 
-        def step(k: Tensor, wrong: Tensor, losses: Tensor, *rest: Tensor) -> Any:
-            carried, constants, rest = rest[: C + G], rest[C + G :][: len(kept)], rest[C + G + len(kept) :]
-            numbers, many = rest[: len(values)], rest[len(values) : -1]
-            now: Any = [*state]
-            for i, t in (*zip(changed, carried), *zip(kept, constants)):
+        def step(k: Tensor, losses: Tensor, *rest: Tensor) -> Any:
+            carried, so_far, rest = rest[:M], rest[M:][: len(grads)], rest[M + len(grads) :]
+            numbers, many = rest[len(kept) :][: len(values)], rest[len(kept) + len(values) : -1]
+            now: Any = [None] * size
+            for i, t in (*zip(changed, moving.apart(carried)), *zip(kept, rest)):
                 now[i] = t
             at = k.view(1)
             minibatch = [part.index_select(0, at).squeeze(0) for part in many]
             sums = [torch.zeros_like(t) for t in now[: len(self.stage.params)]] if A > 1 else []
-            for i, grad in zip(traced.graded, carried[C:] if A > 1 else ()):
+            for i, grad in zip(traced.graded, grads.apart(so_far) if A > 1 else ()):
                 sums[i] = torch.where(k % A == 0, sums[i], grad)
             results = graph(*now, *numbers, *sums, *minibatch, *([] if seeds else [k]))
-            if traced.checked:
-                *results, outside = results
-                wrong = wrong | outside
-            new, loss, grads = list(results[:C]), results[C].view(1), list(results[C + 1 :])
+            new, loss, having = list(results[:C]), results[C].view(1), list(results[C + 1 :])
             if A > 1:
                 ends = k % A == A - 1
                 new = [torch.where(ends, t, now[i]) if i in traced.updated else t for i, t in zip(changed, new)]
-                grads = [torch.where(ends, grad, so_far) for so_far, grad in zip(grads[:G], grads[G:])]
+                having = [torch.where(ends, grad, so_far) for so_far, grad in zip(having[:G], having[G:])]
                 losses = losses.index_add(0, (k // A).view(1), loss / A if self.stage.mean else loss)
             else:
                 losses = losses.index_copy(0, at, loss)
-            return (k + 1, wrong.clone(), losses, *new, *[grad.contiguous() for grad in grads])
+            return (k + 1, losses, *moving.together(new), *grads.together(having))
 
         loss_node = next(reversed(graph.graph.nodes)).args[0][C]
         losses = torch.zeros(parts[0].shape[0] // A, dtype=loss_node.meta["val"].dtype, device=parts[0].device)
-        carried = [*[state[i] for i in changed], *[torch.zeros_like(state[i]) for i in traced.graded]]
-        begin: Any = (first, first > last, losses, *carried)
-        k, wrong, losses, *carried = self.repeat(goes_on, step, begin, given)
-        for i, t in zip(changed, carried):
-            state[i].copy_(torch.where(wrong, state[i], t) if traced.checked else t)
-        return losses, torch.where(wrong, k - 1, -1), carried[C:]
+        before = [state[i] for i in changed]
+        begin = (first.clone(), losses, *moving.together(before), *grads.zeros())
+        _, losses, *carried = self.repeat(goes_on, step, begin, given)
+        for t, after in zip(before, moving.apart(carried[:M])):
+            t.copy_(after)
+        return losses, wrong, grads.apart(carried[M:])
+
+    def _look(self, state: Tensors, parts: Tensors, first: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
+        """The first minibatch with an index out of range, or -1; and where to end: at once if there is one."""
+        check = self.traced.check
+        if check is None:
+            return torch.full_like(first, -1), last
+        rest = [node for node in check.graph.nodes if node.op == "placeholder"][len(state) :]
+        others = [None] * (len(rest) - len(parts) - 1)  # numbers and sums; no index is computed of these
+        outside = torch.vmap(lambda *parts: check(*state, *others, *parts, None))(*parts)
+        at = torch.arange(parts[0].shape[0], device=first.device)
+        found = torch.where(outside & (at >= first) & (at < last), at, last).amin()
+        return torch.where(found < last, found, -1), torch.where(found < last, first, last)
+
+
+class _Packed:
+    """How tensors lie end to end, all of a dtype in one: of each that a loop carries it makes a new one per step."""
+
+    def __init__(self, like: Tensors) -> None:
+        self.shapes, self.dtypes = [t.shape for t in like], [t.dtype for t in like]
+        self.device = like[0].device if like else None
+
+    def __len__(self) -> int:
+        return len(set(self.dtypes))
+
+    def together(self, tensors: Tensors) -> Tensors:
+        """The tensors as the few that hold them."""
+        kinds = dict.fromkeys(self.dtypes)
+        return [torch.cat([t.reshape(-1) for t in tensors if t.dtype == dtype]) for dtype in kinds]
+
+    def apart(self, packed: Sequence[Tensor]) -> Tensors:
+        """The tensors, views of those that hold them."""
+        holders, used = dict(zip(dict.fromkeys(self.dtypes), packed)), defaultdict[torch.dtype, int](int)
+        tensors = []
+        for shape, dtype in zip(self.shapes, self.dtypes):
+            begin, used[dtype] = used[dtype], used[dtype] + shape.numel()
+            tensors.append(holders[dtype][begin : used[dtype]].view(shape))
+        return tensors
+
+    def zeros(self) -> Tensors:
+        """As many zeros."""
+        return [
+            torch.zeros(
+                sum(shape.numel() for shape, d in zip(self.shapes, self.dtypes) if d == dtype),
+                dtype=dtype,
+                device=self.device,
+            )
+            for dtype in dict.fromkeys(self.dtypes)
+        ]
 
 
 class Program:

@@ -1,4 +1,4 @@
-"""Rewrites of a graph: indices clamped to their range, and whether one was outside a result; biases added apart."""
+"""Rewrites of a graph: indices clamped, and a graph that says whether one was outside; biases apart; tanh by exp."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from handgrad.rewrites import add_bias_apart, check_indices
+from handgrad.rewrites import add_bias_apart, check_indices, tanh_by_exp
 from tests.versions import COMPILES
 
 X = torch.arange(12.0).view(4, 3)
@@ -43,12 +43,24 @@ def graph_of(function: Callable[..., Tensor], *inputs: Tensor) -> torch.fx.Graph
 def test_each_use_of_an_index_is_checked(use: str) -> None:
     function, good, bad = USES[use]
     graph = graph_of(function, X, torch.tensor(good))
-    assert check_indices(graph)
-    out, outside = graph(X, torch.tensor(good))
-    assert not outside
-    assert torch.equal(out, function(X, torch.tensor(good)))
+    outside = check_indices(graph)
+    assert outside is not None
+    assert not outside(X, torch.tensor(good))
+    assert torch.equal(graph(X, torch.tensor(good))[0], function(X, torch.tensor(good)))
     for index in bad:
-        assert graph(X, torch.tensor(index))[-1]
+        assert outside(X, torch.tensor(index))
+        graph(X, torch.tensor(index))  # takes the nearest that is in range
+
+
+@COMPILES
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_what_looks_at_the_indices_computes_nothing_else() -> None:
+    graph = graph_of(lambda x, i: x[i].exp().sum(), X, torch.tensor([0, 1]))
+    outside = check_indices(graph)
+    assert outside is not None
+    assert not outside.graph.find_nodes(op="call_function", target=torch.ops.aten.exp.default)
+    assert not graph.graph.find_nodes(op="call_function", target=torch.ops.aten.any.default)
+    assert outside(None, torch.tensor([0, 4]))
 
 
 @COMPILES
@@ -65,7 +77,7 @@ def test_what_several_read_through_views_is_looked_at_once() -> None:
 @COMPILES
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_indices_that_come_of_values_are_left_alone() -> None:
-    assert not check_indices(graph_of(lambda x: x.gather(1, x.argmax(1, keepdim=True)), X))
+    assert check_indices(graph_of(lambda x: x.gather(1, x.argmax(1, keepdim=True)), X)) is None
 
 
 @COMPILES
@@ -76,3 +88,33 @@ def test_a_bias_is_added_apart() -> None:
     add_bias_apart(graph)
     assert not graph.graph.find_nodes(op="call_function", target=torch.ops.aten.addmm.default)
     torch.testing.assert_close(graph(X, weight, bias)[0], nn.functional.linear(X, weight, bias))
+
+
+@COMPILES
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("limit", [10.0, 1.0, 1e-3, 1e-20])
+def test_tanh_by_exp_is_off_by_little_more_than_a_unit_in_the_last_place(limit: float) -> None:
+    x = torch.linspace(-limit, limit, 200_001)
+    graph = graph_of(torch.tanh, x)
+    tanh_by_exp(graph)
+    assert not graph.graph.find_nodes(op="call_function", target=torch.ops.aten.tanh.default)
+    (y,), right = graph(x), torch.tanh(x.double())
+    unit = torch.finfo(x.dtype).eps * 2 ** right.abs().clamp(min=torch.finfo(x.dtype).tiny).log2().floor()
+    assert ((y.double() - right).abs() / unit).max() < 1.4
+
+
+@COMPILES
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_tanh_by_exp_at_the_ends() -> None:
+    x = torch.tensor([-torch.inf, -100.0, -0.625, 0.0, 0.625, 100.0, torch.inf, torch.nan])
+    graph = graph_of(torch.tanh, x)
+    tanh_by_exp(graph)
+    torch.testing.assert_close(graph(x)[0], torch.tanh(x), rtol=2e-7, atol=0, equal_nan=True)
+
+
+@COMPILES
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_tanh_in_float64_is_left_alone() -> None:
+    graph = graph_of(torch.tanh, X.double())
+    tanh_by_exp(graph)
+    assert graph.graph.find_nodes(op="call_function", target=torch.ops.aten.tanh.default)
