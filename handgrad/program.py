@@ -256,7 +256,7 @@ def _refuse_overlap(state: Tensors) -> None:
 
 
 def _refuse_moving_indices(check: fx.GraphModule, changed: Sequence[str]) -> None:
-    """Raise CompileError where an index comes of what the steps change, for it is looked at before the first of them."""
+    """Raise CompileError where an index comes of what the steps change: it is looked at before the first of them."""
     used = [node.name for node in check.graph.nodes if node.op == "placeholder" and node.users]
     if set(used).intersection(changed):
         problem = "an index is computed of a tensor that the step changes; "
@@ -310,7 +310,7 @@ class _Loop(torch.nn.Module):
             return k < rest[-1]
 
         def step(k: Tensor, losses: Tensor, *rest: Tensor) -> Any:
-            carried, so_far, rest = rest[:M], rest[M:][: len(grads)], rest[M + len(grads) :]
+            carried, earlier, rest = rest[:M], rest[M:][: len(grads)], rest[M + len(grads) :]
             numbers, many = rest[len(kept) :][: len(values)], rest[len(kept) + len(values) : -1]
             now: Any = [None] * size
             for i, t in (*zip(changed, moving.apart(carried)), *zip(kept, rest)):
@@ -318,7 +318,7 @@ class _Loop(torch.nn.Module):
             at = k.view(1)
             minibatch = [part.index_select(0, at).squeeze(0) for part in many]
             sums = [torch.zeros_like(t) for t in now[: len(self.stage.params)]] if A > 1 else []
-            for i, grad in zip(traced.graded, grads.apart(so_far) if A > 1 else ()):
+            for i, grad in zip(traced.graded, grads.apart(earlier) if A > 1 else ()):
                 sums[i] = torch.where(k % A == 0, sums[i], grad)
             results = graph(*now, *numbers, *sums, *minibatch, *([] if seeds else [k]))
             new, loss, having = list(results[:C]), results[C].view(1), list(results[C + 1 :])
@@ -334,7 +334,8 @@ class _Loop(torch.nn.Module):
         loss_node = next(reversed(graph.graph.nodes)).args[0][C]
         losses = torch.zeros(parts[0].shape[0] // A, dtype=loss_node.meta["val"].dtype, device=parts[0].device)
         before = [state[i] for i in changed]
-        begin = (first.clone(), losses, *moving.together(before), *grads.zeros())
+        none_yet = [torch.zeros_like(state[i]) for i in traced.graded]
+        begin: Any = (first.clone(), losses, *moving.together(before), *grads.together(none_yet))
         _, losses, *carried = self.repeat(goes_on, step, begin, given)
         for t, after in zip(before, moving.apart(carried[:M])):
             t.copy_(after)
@@ -358,7 +359,6 @@ class _Packed:
 
     def __init__(self, like: Tensors) -> None:
         self.shapes, self.dtypes = [t.shape for t in like], [t.dtype for t in like]
-        self.device = like[0].device if like else None
 
     def __len__(self) -> int:
         return len(set(self.dtypes))
@@ -376,17 +376,6 @@ class _Packed:
             begin, used[dtype] = used[dtype], used[dtype] + shape.numel()
             tensors.append(holders[dtype][begin : used[dtype]].view(shape))
         return tensors
-
-    def zeros(self) -> Tensors:
-        """As many zeros."""
-        return [
-            torch.zeros(
-                sum(shape.numel() for shape, d in zip(self.shapes, self.dtypes) if d == dtype),
-                dtype=dtype,
-                device=self.device,
-            )
-            for dtype in dict.fromkeys(self.dtypes)
-        ]
 
 
 class Program:

@@ -19,7 +19,7 @@ BY_POSITION = frozenset((aten.index.Tensor, aten.index_put.default))  # (x, [ind
 
 
 def check_indices(module: fx.GraphModule) -> fx.GraphModule | None:
-    """Clamp each index that is computed of integer inputs to its range; return a graph that says whether one is outside.
+    """Clamp each index that is computed of integer inputs to its range; give a graph that says whether one is outside.
 
     That graph has the same inputs; None where there is no such index. A kernel compiled without this asserts the range
     as it goes, which ends the whole process where a thread other than the first finds it. A negative index counts from
@@ -84,12 +84,12 @@ def tanh_by_exp(module: fx.GraphModule) -> None:
     """Compute tanh in float32 on a CPU by `_tanh`, which takes half as long as the compiler's own call of Sleef."""
     graph = module.graph
     for node in graph.find_nodes(op="call_function", target=aten.tanh.default):
-        value = node.args[0].meta["val"]
+        (x,), value = node.args, node.meta["val"]
         if value.dtype is torch.float32 and value.device.type == "cpu":
             formula = make_fx(_tanh)(torch.zeros(1)).graph
-            inputs = formula.find_nodes(op="placeholder")
+            inputs = list(formula.find_nodes(op="placeholder"))
             with graph.inserting_before(node):
-                result = graph.graph_copy(formula, dict(zip(inputs, node.args)))
+                result = graph.graph_copy(formula, {inputs[0]: x})
             result.meta = dict(node.meta)
             node.replace_all_uses_with(result)
             graph.erase_node(node)
@@ -97,7 +97,7 @@ def tanh_by_exp(module: fx.GraphModule) -> None:
 
 
 def _tanh(x: Tensor) -> Tensor:
-    """x + x z P(z) with z = x^2 where abs(x) < 0.625, else 1 - 2 / (exp(2 x) + 1) with the sign of x.
+    """Tanh as x + x z P(z) with z = x^2 where abs(x) < 0.625, else 1 - 2 / (exp(2 x) + 1) with the sign of x.
 
     Off by at most 1.4 units in the last place. P is that of tanhf in Cephes (Moshier, netlib.org/cephes).
     """
