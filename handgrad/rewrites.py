@@ -84,7 +84,8 @@ def tanh_by_exp(module: fx.GraphModule) -> None:
     """Compute tanh in float32 on a CPU by `_tanh`, which takes half as long as the compiler's own call of Sleef."""
     graph = module.graph
     for node in graph.find_nodes(op="call_function", target=aten.tanh.default):
-        (x,), value = node.args, node.meta["val"]
+        x: Any = node.args[0]
+        value = node.meta["val"]
         if value.dtype is torch.float32 and value.device.type == "cpu":
             formula = make_fx(_tanh)(torch.zeros(1)).graph
             inputs = list(formula.find_nodes(op="placeholder"))
