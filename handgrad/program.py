@@ -30,7 +30,7 @@ from handgrad.layer import Layer, is_frozen
 from handgrad.minibatches import rebuilt, taken_apart
 from handgrad.randomness import SEEDS, seeded
 from handgrad.records import tensors_in
-from handgrad.rewrites import add_bias_apart, check_indices, tanh_by_exp
+from handgrad.rewrites import add_bias_apart, check_indices, products_by_onednn, tanh_by_exp
 
 SCHEDULED = ("lr", "momentum", "betas")
 """The options of an optimizer that schedulers change: inputs of the program, or each value would be compiled anew."""
@@ -238,6 +238,7 @@ def trace(stage: Stage, x: Any, target: Any) -> Traced:
     if check is not None:
         _refuse_moving_indices(check, [names[i] for i in changed])
     add_bias_apart(graph)
+    products_by_onednn(graph)
     tanh_by_exp(graph)
     what = graph.code, check and check.code, changed, updated, graded, drawn > 0
     digest = _digest(what, [*state, *parts], stage)

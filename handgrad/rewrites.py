@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from handgrad.products import LARGE, onednn_is_faster, product
+
 aten = torch.ops.aten
 VIEWS = frozenset(
     (aten.view.default, aten.unsqueeze.default, aten.squeeze.dims, aten.expand.default, aten.permute.default)
@@ -72,11 +74,21 @@ def add_bias_apart(module: fx.GraphModule) -> None:
             continue
         bias, a, b = node.args
         with graph.inserting_before(node):
-            product = graph.call_function(aten.mm.default, (a, b))
-            total = graph.call_function(aten.sub.Tensor, (product, graph.call_function(aten.neg.default, (bias,))))
+            plain = graph.call_function(aten.mm.default, (a, b))
+            total = graph.call_function(aten.sub.Tensor, (plain, graph.call_function(aten.neg.default, (bias,))))
         total.meta = dict(node.meta)
         node.replace_all_uses_with(total)
         graph.erase_node(node)
+    module.recompile()
+
+
+def products_by_onednn(module: fx.GraphModule) -> None:
+    """Leave large products of float32 matrices on a CPU to oneDNN, where it is the faster library."""
+    for node in module.graph.find_nodes(op="call_function", target=aten.mm.default):
+        a, b = (arg.meta["val"] for arg in node.args)
+        size = a.shape[0] * a.shape[1] * b.shape[-1]
+        if size >= LARGE and a.dtype is torch.float32 and a.device.type == "cpu" and onednn_is_faster():
+            node.target = product()
     module.recompile()
 
 
@@ -84,13 +96,12 @@ def tanh_by_exp(module: fx.GraphModule) -> None:
     """Compute tanh in float32 on a CPU by `_tanh`, which takes half as long as the compiler's own call of Sleef."""
     graph = module.graph
     for node in graph.find_nodes(op="call_function", target=aten.tanh.default):
-        x: Any = node.args[0]
-        value = node.meta["val"]
+        x, value = node.args[0], node.meta["val"]
         if value.dtype is torch.float32 and value.device.type == "cpu":
             formula = make_fx(_tanh)(torch.zeros(1)).graph
             inputs = list(formula.find_nodes(op="placeholder"))
             with graph.inserting_before(node):
-                result = graph.graph_copy(formula, {inputs[0]: x})
+                result: Any = graph.graph_copy(formula, {inputs[0]: x})
             result.meta = dict(node.meta)
             node.replace_all_uses_with(result)
             graph.erase_node(node)
