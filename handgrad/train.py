@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import sys
 from os import PathLike
@@ -236,7 +235,12 @@ class TrainStep:
 
     def _gradients(self, x: Any, target: Any) -> Tensor:
         """Forward, loss and backward of all minibatches of a step; the gradients as the update takes them."""
-        losses = self._losses(x, target) if self.processes is None else self._joined_losses(self.processes, x, target)
+        if self.processes is not None:
+            losses = self._joined_losses(self.processes, x, target)
+        elif self.accumulate > 1:
+            losses = self._losses(x, target)
+        else:
+            losses = [self._forward_backward(x, target)]
         params = self.params
         if params and params[0].grad is None and not (self._release and self._release.updated):
             _refuse_no_gradient(params)
@@ -294,8 +298,11 @@ class TrainStep:
                 param.grad = None
         out: Tensor = self.loss.forward(self.model.forward_at(None, x), target)
         dloss = self.loss.backward() if share is None else self.loss.backward(share.to(out.dtype))
-        with self._release or contextlib.nullcontext():
+        if self._release is None:
             self.model.backward_at(None, dloss, need_dx=False)
+        else:
+            with self._release:
+                self.model.backward_at(None, dloss, need_dx=False)
         return out
 
     def _finish(self, params: list[Tensor]) -> None:
