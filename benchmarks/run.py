@@ -13,6 +13,7 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Sequence
+from ctypes.util import find_library
 from pathlib import Path
 from statistics import geometric_mean
 from typing import Any
@@ -52,11 +53,13 @@ def markdown(results: Path) -> str:
         ("layers", layers),
         ("layers_kept", layers),
         ("names_mlp", steps),
+        ("names_mlp_tcmalloc", steps),
         ("wide_1", steps),
         ("wide_1_kept", steps),
         ("wide_2", steps),
         ("wide_2_kept", steps),
         ("deep", steps),
+        ("deep_tcmalloc", steps),
         ("deep_wide", steps),
         ("wide_layers", halves),
         ("memory", memory),
@@ -143,6 +146,7 @@ def steps(data: dict[str, Any]) -> tuple[str, Sequence[Sequence[str]], list[str]
     """One row per contender: the time of a step."""
     title = f"A training step: {data['task']}, {data['environment']['threads']} thread(s)"
     title += ", freed memory kept" if data.get("keep_memory") else ""
+    title += f", memory by {data['allocator'].split('.')[0]}" if data.get("allocator") else ""
     notes = ["Autograd's time over this, sampling the minibatch included; * is the autograd compared with."]
     if data["results"][0]["first_result_seconds"]:
         notes += [
@@ -254,6 +258,12 @@ def main() -> None:
             script("checks.py", *(["--only", "Tanh"] if args.quick else []), "--json", str(out / "checks.json")),
             script("scaling.py", "--seconds", "1" if args.quick else "20", "--json", str(out / "scaling.json")),
         ]
+        if tcmalloc := find_library("tcmalloc_minimal"):  # Debian's libtcmalloc-minimal4
+            preloaded = ["--allocator", tcmalloc, "--no-first", *turns]
+            commands += [
+                script(f"{name}.py", *preloaded, "--json", str(out / f"{name}_tcmalloc.json"))
+                for name in ("names_mlp", "deep")
+            ]
         failed = []
         for command in commands:
             print("$", " ".join(["python", *command[1:]]), flush=True)

@@ -404,6 +404,7 @@ def main(doc: str, task_of: Callable[[bool], Task], rows_of: Callable[[Task, boo
     p.add_argument("--wide", action="store_true", help=wide)
     p.add_argument("--threads", type=int, default=1, help="for everybody (default: 1)")
     p.add_argument("--keep-memory", action="store_true", help="keep freed memory in the process, for everybody")
+    p.add_argument("--allocator", default="", metavar="LIBRARY", help="of memory, preloaded for everybody (on Linux)")
     p.add_argument("--seconds", type=float, default=60.0, help="to take turns for (default: 60)")
     p.add_argument("--only", default="", metavar="A;B", help="beside autograd, contenders whose names contain A or B")
     p.add_argument("--no-first", action="store_true", help="without the time to the first result, which takes minutes")
@@ -414,6 +415,8 @@ def main(doc: str, task_of: Callable[[bool], Task], rows_of: Callable[[Task, boo
         names = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
         flags = f"--xla_cpu_multi_thread_eigen={'true' if args.threads > 1 else 'false'}"
         settings = {**dict.fromkeys(names, str(args.threads)), "XLA_FLAGS": flags}
+        if args.allocator:
+            settings["LD_PRELOAD"] = args.allocator
         os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **settings})
     if args.keep_memory:
         hg.keep_freed_memory()
@@ -432,7 +435,8 @@ def main(doc: str, task_of: Callable[[bool], Task], rows_of: Callable[[Task, boo
             print(f"{row.name}: left out, for {missing[0]} is not installed")
             rows.remove(row)
     env = environment()
-    print(f"{env['machine']}, torch {env['torch']}: {task.title}, {args.threads} thread(s)", flush=True)
+    where = f"{env['machine']}, torch {env['torch']}: {task.title}, {args.threads} thread(s)"
+    print(f"{where}, {args.allocator}" if args.allocator else where, flush=True)
     first: dict[str, dict[str, float]] = {}
     if not args.no_first:
         given = [*(["--wide"] if args.wide else []), *(["--keep-memory"] if args.keep_memory else [])]
@@ -449,4 +453,4 @@ def main(doc: str, task_of: Callable[[bool], Task], rows_of: Callable[[Task, boo
     print("* is the autograd compared with; first is the time to the first result, by what the compilers' caches hold")
     print(text_table(lines, "l" + "r" * (len(lines[0]) - 1)), flush=True)
     if args.json:
-        write_json(args.json, results, task=task.title, keep_memory=args.keep_memory)
+        write_json(args.json, results, task=task.title, keep_memory=args.keep_memory, allocator=args.allocator)

@@ -49,7 +49,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--keep-memory",
         action="store_true",
-        help="keep freed memory in the process, as TrainStep does: without fresh pages, which cost both the same",
+        help="keep freed memory in the process: without fresh pages, which cost both the same",
     )
     p.add_argument("--compiled", action="store_true", help="the torch module under torch.compile, too")
     p.add_argument(
