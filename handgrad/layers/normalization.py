@@ -180,6 +180,7 @@ class GroupNorm(Layer):
     Backward:  dbias = sum dout;  dweight = sum dout xhat, both over all but the channels;  dxhat = dout weight.
                Within a run all is as in LayerNorm: with `avg` the mean over its n values,
                dx = rstd (dxhat - avg(dxhat) - xhat avg(dxhat xhat))
+               weight is one number per channel, so avg(v weight) is that of the channels' sums of v, times weight
     Recorded:  x, mean, rstd, weight
     Raises:    ArgumentError where num_groups does not divide num_channels; ShapeError, also for a single sample of one
                value per group; DtypeError; StateError.
@@ -225,16 +226,24 @@ class GroupNorm(Layer):
         x, mean, rstd, weight = self.pop(dout)
         G = self.num_groups
         by_group = (len(x), G, self.num_channels // G, math.prod(x.shape[2:]))  # (N, G, C/G, H W ...)
-        gain = 1.0 if weight is None else weight.view(G, -1, 1)
+        n = by_group[2] * by_group[3]
+        gain = 1.0 if weight is None else in_float32(weight).view(G, -1, 1)
 
-        def formula(dout: Tensor, x: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-            # out = xhat weight + bias
-            xhat = (x - mean) * rstd
-            dweight, dbias = (dout * xhat).sum((0, 3)), dout.sum((0, 3))  # (G, C/G)
-            dxhat = dout * gain
-            # xhat = (x - mean) rstd
-            dx = rstd * (dxhat - _avg(dxhat, (2, 3)) - xhat * _avg(dxhat * xhat, (2, 3)))
-            return dx, dweight, dbias
+        def formula(
+            dout: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, dx: Tensor | None = None
+        ) -> tuple[Tensor, Tensor, Tensor]:
+            # out = xhat weight + bias,  xhat = diff rstd
+            diff = torch.sub(x, mean, out=dx)
+            sums = dout.sum(3, keepdim=True)  # (N, G, C/G, 1)
+            product = dout * diff
+            sums_xhat = product.sum(3, keepdim=True) * rstd
+            dweight, dbias = sums_xhat.sum((0, 3)), sums.sum((0, 3))  # (G, C/G)
+            # dxhat = dout weight:  avg(dxhat) and avg(dxhat xhat)
+            avg, avg_xhat = ((s * gain).sum(2, keepdim=True) / n for s in (sums, sums_xhat))  # (N, G, 1, 1)
+            # diff = x - mean:  dx = dout weight rstd - diff rstd^2 avg_xhat - rstd avg
+            scaled = torch.mul(dout, gain * rstd, out=product)
+            centred = torch.addcmul(scaled, diff, avg_xhat * rstd * rstd, value=-1, out=diff)
+            return centred.sub_(avg * rstd), dweight, dbias
 
         dx, dweight, dbias = blockwise(
             formula, dout.reshape(by_group), x.reshape(by_group), mean[..., None, None], rstd[..., None, None]
@@ -266,8 +275,3 @@ def _gain(layer: LayerNorm | RMSNorm, x: Tensor, weight: Tensor | None) -> Tenso
     """Weight as a row, of ones where there is none, in what the formulas are computed in."""
     layer._refuse_autocast("backward")  # it would round the products with the row, and nothing would show it
     return in_float32(x.new_ones(layer.normalized_shape) if weight is None else weight).reshape(-1)
-
-
-def _avg(x: Tensor, dims: int | tuple[int, ...] = 1) -> Tensor:
-    """The mean over the dimensions, which stay with size 1: by default that of each row, as a column."""
-    return x.mean(dims, keepdim=True)

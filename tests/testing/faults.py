@@ -347,12 +347,12 @@ faults(
 )
 faults(
     hg.ReLU,
-    ("slope 1 everywhere", "where_positive(dout, out)", "dout.clone()"),
-    ("slope where out is 0", "where_positive(dout, out)", "dout * (out == 0)"),
-    ("threshold at a half", "where_positive(dout, out)", "where_positive(dout, out - 0.5)"),
-    ("dout forgotten", "where_positive(dout, out)", "where_positive(torch.ones_like(dout), out)"),
-    ("the derivative of the square", "where_positive(dout, out)", "dout * 2 * out"),
-    ("in float32", "where_positive(dout, out)", "where_positive(dout, out).float()"),
+    ("slope 1 everywhere", "where_positive(dout, out, dx)", "dout.clone()"),
+    ("slope where out is 0", "where_positive(dout, out, dx)", "dout * (out == 0)"),
+    ("threshold at a half", "where_positive(dout, out, dx)", "where_positive(dout, out - 0.5)"),
+    ("dout forgotten", "where_positive(dout, out, dx)", "where_positive(torch.ones_like(dout), out)"),
+    ("the derivative of the square", "where_positive(dout, out, dx)", "dout * 2 * out"),
+    ("in float32", "where_positive(dout, out, dx)", "where_positive(dout, out).float()"),
 )
 faults(
     hg.LeakyReLU,
@@ -428,7 +428,7 @@ faults(
 faults(
     hg.RMSNorm,
     ("the path through rstd forgotten", "torch.addcmul(dxhat, xhat, total_xhat, value=-1 / n, out=xhat)", "dxhat"),
-    ("a mean subtracted, as in LayerNorm", "rest.mul_(rstd)", "(rest - _avg(dxhat)).mul_(rstd)"),
+    ("a mean subtracted, as in LayerNorm", "rest.mul_(rstd)", "(rest - dxhat.mean(1, keepdim=True)).mul_(rstd)"),
     ("weight forgotten in dx", "torch.mul(dout, gain, out=product)", "dout.clone()"),
     ("dweight of x, not of xhat", "product.sum(0)", "(dout * x).sum(0)"),
     ("weight forgotten in the average", "product @ column", "product.sum(1, keepdim=True)"),
@@ -685,12 +685,12 @@ faults(
 )
 faults(
     hg.GroupNorm,
-    ("the path through the mean forgotten", "dxhat - _avg(dxhat, (2, 3))", "dxhat"),
-    ("the path through the variance forgotten", " - xhat * _avg(dxhat * xhat, (2, 3))", ""),
-    ("the mean of each channel, not of its group", "_avg(dxhat, (2, 3))", "_avg(dxhat, 3)"),
-    ("weight forgotten in dx: right for weight 1", "dxhat = dout * gain", "dxhat = dout"),
-    ("dweight of x - mean, not of xhat", "(dout * xhat).sum((0, 3))", "(dout * (x - mean)).sum((0, 3))"),
-    ("dbias averaged over the rows", "dout.sum((0, 3))", "dout.sum(3).mean(0)"),
+    ("the path through the mean forgotten", "centred.sub_(avg * rstd)", "centred"),
+    ("the path through the variance forgotten", "avg_xhat * rstd * rstd, value=-1", "avg_xhat * 0"),
+    ("the mean of each channel, not of its group", "(s * gain).sum(2, keepdim=True) / n", "s * gain / by_group[3]"),
+    ("weight forgotten in dx: right for weight 1", "dout, gain * rstd", "dout, rstd"),
+    ("dweight of x - mean, not of xhat", "sums_xhat.sum((0, 3))", "product.sum((0, 3))"),
+    ("dbias averaged over the rows", "sums.sum((0, 3))", "sums.sum(3).mean(0)"),
 )
 faults(
     hg.AdaptiveAvgPool2d,
