@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import sys
+import textwrap
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -15,6 +16,7 @@ import torch
 
 from handgrad.bench.environment import environment
 from handgrad.bench.measure import Measurement, measure
+from handgrad.bench.operations import operations_table
 from handgrad.bench.report import as_dict, head, lines, plot, write_json
 from handgrad.errors import HandgradError
 from handgrad.losses.loss import Loss
@@ -58,6 +60,9 @@ def parser() -> argparse.ArgumentParser:
         default=1.0,
         help="for each layer and size, alone and inside a model each, more if needed (default: 1)",
     )
+    p.add_argument(
+        "--operations", action="store_true", help="after each result, which operations of torch took how long"
+    )
     p.add_argument("--json", type=Path, help="write the results to this file")
     p.add_argument("--plot", type=Path, help="draw the results to this PNG file; needs matplotlib")
     return p
@@ -80,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.keep_memory:
         keep_freed_memory()
     try:
-        results = run(twins, args.sizes, DTYPES[args.dtype], args.compiled, args.seconds)
+        results = run(twins, args.sizes, DTYPES[args.dtype], args.compiled, args.seconds, args.operations)
     except HandgradError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -106,6 +111,7 @@ def run(
     dtype: torch.dtype = torch.float32,
     compiled: bool = False,
     seconds: float = 1.0,
+    by_operation: bool = False,
 ) -> list[Measurement]:
     """Measure the twins at all sizes, printing each result when it is there."""
     env = environment()
@@ -119,6 +125,8 @@ def run(
         results.append(measure(twin, size, dtype, compiled=compiled, seconds=seconds))
         _progress("")
         print(lines(results[-1]), flush=True)
+        if by_operation:
+            print(textwrap.indent(operations_table(twin, size, dtype), "    "), flush=True)
     left_out = list(dict.fromkeys(r.name for r in results if r.entries["autograd"].inside_ratio is None))
     if left_out:
         print(f"not inside a model, for they have several inputs or outputs: {', '.join(left_out)}")

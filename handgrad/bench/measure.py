@@ -90,12 +90,12 @@ def measure(
     >>> list(result.entries), result.how
     (['handgrad', 'autograd'], '10 in a chain less 2')
     """
-    layer, module = _both(twin, size[1], dtype)
+    layer, module = both_sides(twin, size[1], dtype)
     inputs = twin.inputs(*size, dtype)
     _check(twin, layer, module, inputs, dtype)
     out = module(*inputs)
     dout, leaves = _dout(out), _leaves(layer, inputs)
-    contenders = _contenders(layer, module, inputs, out)
+    contenders = contenders_of(layer, module, inputs, out)
     if compiled:
         contenders["compiled"] = _by_autograd(module, torch.compile(module), _leaves(layer, inputs), dout)
     times = interleave(contenders, seconds, rounds)
@@ -120,7 +120,7 @@ def measure(
     return Measurement(twin.name, size, entries, inside.how)
 
 
-def _both(twin: Twin, D: int, dtype: torch.dtype, chain: int = 0) -> tuple[Layer, nn.Module]:
+def both_sides(twin: Twin, D: int, dtype: torch.dtype, chain: int = 0) -> tuple[Layer, nn.Module]:
     """The twin's two sides with the same weights; a chain of so many copies, if that is asked for."""
     layer: Layer = Sequential(*(twin.layer(D) for _ in range(chain))) if chain else twin.layer(D)
     module: nn.Module = nn.Sequential(*(twin.module(D) for _ in range(chain))) if chain else twin.module(D)
@@ -173,23 +173,23 @@ def _inside(
         return _Inside("not measured: several inputs or outputs")
     if x.is_floating_point() and x.shape == out.shape:
         few, many = chain
-        fewer, more = (_contenders(*_both(twin, D, x.dtype, n), inputs, out) for n in chain)
+        fewer, more = (contenders_of(*both_sides(twin, D, x.dtype, n), inputs, out) for n in chain)
         return _Inside(f"{many} in a chain less {few}", many - few, fewer, more)
     host, hosting = Sequential(HOST[0]()), nn.Sequential(HOST[1]())
     name = type(host[0]).__name__
     if not x.is_floating_point():
-        fewer = _contenders(host, hosting, (out.detach(),), out)
-        more = _contenders(Sequential(layer, host[0]), nn.Sequential(module, hosting[0]), inputs, out)
+        fewer = contenders_of(host, hosting, (out.detach(),), out)
+        more = contenders_of(Sequential(layer, host[0]), nn.Sequential(module, hosting[0]), inputs, out)
         return _Inside(f"with a {name} behind it, less that alone", 1, fewer, more)
-    fewer = _contenders(host, hosting, (x,), x)
+    fewer = contenders_of(host, hosting, (x,), x)
     if is_loss:
-        more = _contenders(_Ended(host, layer), _EndedModule(hosting, module), inputs, out)
+        more = contenders_of(_Ended(host, layer), _EndedModule(hosting, module), inputs, out)
     else:
-        more = _contenders(Sequential(host[0], layer), nn.Sequential(hosting[0], module), inputs, out)
+        more = contenders_of(Sequential(host[0], layer), nn.Sequential(hosting[0], module), inputs, out)
     return _Inside(f"behind a {name}, less that alone", 1, fewer, more)
 
 
-def _contenders(layer: Layer, module: nn.Module, inputs: Inputs, out: Any) -> dict[str, Contender]:
+def contenders_of(layer: Layer, module: nn.Module, inputs: Inputs, out: Any) -> dict[str, Contender]:
     """Both sides, whose output is one like `out`."""
     dout = _dout(out)
     return {

@@ -15,7 +15,7 @@ import torch
 import handgrad as hg
 from handgrad import bench
 from handgrad.bench.__main__ import chosen, main
-from handgrad.bench.measure import WrongResultError, _both, _inside
+from handgrad.bench.measure import WrongResultError, _inside, both_sides
 from handgrad.bench.timing import Ratio, Times, timed
 from handgrad.twins import TWINS, Twin
 
@@ -49,7 +49,7 @@ BEFORE = {"Embedding", "Constant"}
 @pytest.mark.parametrize("name", TWINS)
 def test_every_twin_has_its_arrangement_inside_a_model(name):
     twin = TWINS[name]
-    sides, inputs = _both(twin, SIZE[1], torch.float32), twin.inputs(*SIZE, torch.float32)
+    sides, inputs = both_sides(twin, SIZE[1], torch.float32), twin.inputs(*SIZE, torch.float32)
     how = _inside(twin, SIZE[1], sides, inputs, sides[1](*inputs), (2, 10)).how
     expected = dict.fromkeys(SEVERAL, "not measured: several inputs or outputs")
     expected |= dict.fromkeys(AFTER, "behind a LeakyReLU, less that alone")
@@ -60,7 +60,7 @@ def test_every_twin_has_its_arrangement_inside_a_model(name):
 @pytest.mark.parametrize("name", sorted(TWINS.keys() - SEVERAL - AFTER - BEFORE))
 def test_both_sides_of_a_chain_agree(name):
     twin = TWINS[name]
-    layer, module = _both(twin, SIZE[1], torch.float64, chain=3)
+    layer, module = both_sides(twin, SIZE[1], torch.float64, chain=3)
     assert len(layer) == len(module) == 3
     layer.eval()  # dropout draws from two generators
     module.eval()
