@@ -16,6 +16,7 @@ from statistics import median
 from typing import NamedTuple, TypeVar
 
 SECONDS_PER_BLOCK = 0.05  # or one call: long enough to work from warm caches, as a loop does
+PATIENCE = 10.0  # seconds, after which three rounds are enough
 
 Name = TypeVar("Name")
 
@@ -104,7 +105,8 @@ def interleave(
 ) -> dict[Name, Times]:
     """Let the contenders take turns; at least `rounds` rounds, then on until `seconds` have passed.
 
-    It ends earlier once every ratio to the first contender is known to within `precision`.
+    It ends earlier once every ratio to the first contender is known to within `precision`; and after three rounds
+    where these take longer than `PATIENCE`.
 
     >>> times = interleave({"a": timed(lambda: sum(range(100))), "b": timed(lambda: sum(range(1000)))}, seconds=0.1)
     >>> ratio(times["a"].rounds(), times["b"].rounds()).value > 2
@@ -113,7 +115,14 @@ def interleave(
     loops = {name: _loops(contender) for name, contender in contenders.items()}
     taken: dict[Name, list[list[float]]] = {name: [] for name in contenders}
     first, begun, done = next(iter(contenders)), time.perf_counter(), 0
-    while done < rounds or (time.perf_counter() - begun < seconds and not _settled(taken, first, precision)):
+
+    def enough() -> bool:
+        elapsed = time.perf_counter() - begun
+        if done < (min(rounds, 3) if elapsed > PATIENCE else rounds):
+            return False
+        return elapsed >= seconds or _settled(taken, first, precision)
+
+    while not enough():
         order = list(contenders) if done % 2 == 0 else list(contenders)[::-1]  # so that none is always the one after
         for name in order:
             n = loops[name]

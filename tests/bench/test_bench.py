@@ -298,3 +298,9 @@ def test_a_picture_without_matplotlib_is_refused_before_anything_is_measured(mon
     said = capsys.readouterr()
     assert 'pip install "handgrad[models]"' in said.err
     assert said.out == ""
+
+
+def test_what_takes_long_is_timed_three_times(monkeypatch):
+    monkeypatch.setattr("handgrad.bench.timing.PATIENCE", 0.0)
+    assert len(bench.interleave({"a": lambda n: (0.1 * n,)}, seconds=0.0, rounds=9)["a"].rounds()) == 3
+    assert len(bench.interleave({"a": lambda n: (0.1 * n,)}, seconds=0.0, rounds=2)["a"].rounds()) == 2
