@@ -24,6 +24,8 @@ sys.path.insert(0, str(HERE.parent))  # the source beside it, also where handgra
 from memory import DEEP_HEAD, deep_rows  # noqa: E402
 from memory import HEAD as MEMORY_HEAD  # noqa: E402
 from memory import row as memory_row  # noqa: E402
+from names_models import HEAD as MODELS_HEAD  # noqa: E402
+from names_models import row as models_row  # noqa: E402
 from scaling_model import HEAD as SCALING_HEAD  # noqa: E402
 from scaling_model import beside_measured  # noqa: E402
 from scaling_model import chart as scaling_chart  # noqa: E402
@@ -62,6 +64,7 @@ def markdown(results: Path) -> str:
         ("deep_tcmalloc", steps),
         ("deep_wide", steps),
         ("wide_layers", halves),
+        ("models", models),
         ("memory", memory),
         ("memory_deep", deep_memory),
         ("watching", watching),
@@ -155,6 +158,15 @@ def steps(data: dict[str, Any]) -> tuple[str, Sequence[Sequence[str]], list[str]
             "precompiled header (cold); all that such a process has left (warm). What compiles nothing has one figure.",
         ]
     return title, table(data["results"]), notes
+
+
+def models(data: dict[str, Any]) -> tuple[str, Sequence[Sequence[str]], list[str]]:
+    """One row per names model."""
+    notes = [
+        "Sampling the minibatch included, one thread; autograd's time over this. First is the time to the first result",
+        "of the compiled step in a new process: cold with torch's probes and precompiled header made, and warm.",
+    ]
+    return "The names models", [MODELS_HEAD, *(models_row(*item) for item in data["models"].items())], notes
 
 
 def memory(data: dict[str, Any]) -> tuple[str, Sequence[Sequence[str]], list[str]]:
@@ -253,7 +265,7 @@ def main() -> None:
             [*wide, "--seconds", "0.05" if args.quick else "2"],
             script("memory.py", "--json", str(out / "memory.json")),
             script("memory.py", "--deep", "--json", str(out / "memory_deep.json")),
-            script("models.py", "--seconds", "1" if args.quick else "20", "--json", str(out / "models.json")),
+            script("names_models.py", "--seconds", "1" if args.quick else "20", "--json", str(out / "models.json")),
             script("watching.py", "--seconds", "1" if args.quick else "20", "--json", str(out / "watching.json")),
             script("checks.py", *(["--only", "Tanh"] if args.quick else []), "--json", str(out / "checks.json")),
             script("scaling.py", "--seconds", "1" if args.quick else "20", "--json", str(out / "scaling.json")),

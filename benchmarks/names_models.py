@@ -1,7 +1,8 @@
 """One training step of each names model, sampling included, beside the same model in torch.nn under autograd.
 
-Run it from the root of the project: ``python benchmarks/models.py --json benchmarks/results/models.json``.
-Before anything is timed, the two take a few steps in float64 and must agree on every parameter.
+Run it from the root of the project: ``python benchmarks/names_models.py --json benchmarks/results/models.json``.
+Before anything is timed, the two take a few steps in float64 and must agree on every parameter. The compiled step is a
+third contender; its first result is timed in new processes, with the caches as benchmarks/steps.py says.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import argparse
 import copy
 import json
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +22,35 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).parents[1] / "models"))
 
 from names_twins import TWINS, load
+from steps import Contender, Row, first_result, first_results
 
 from handgrad import CrossEntropy, Dropout, TrainStep
 from handgrad.bench import environment, interleave, ratio
 from handgrad.bench.timing import timed
+from handgrad.tables import seconds_text, text_table
 from names.data import DATA, Vocabulary, minibatch, read_names
+
+HEAD = [
+    "model",
+    "parameters",
+    "TrainStep",
+    "compiled",
+    "autograd",
+    "TrainStep is",
+    "compiled is",
+    "first: cold",
+    "warm",
+]
+ALIGN = "lrrrrrrrr"
+
+
+def row(name: str, found: dict[str, Any]) -> list[str]:
+    """A model's cells in the table: times of a step, how many times as fast as autograd, times to the first result."""
+    times = [seconds_text(found[f"{side}_us"] / 1e6) for side in ("handgrad", "compiled", "autograd")]
+    ratios = ["{:.2f} ({:.2f} to {:.2f})".format(*found[side]) for side in ("handgrad", "compiled")]
+    first = found.get("first_result_seconds", {})
+    firsts = [seconds_text(first[state]) if first else "" for state in ("cold", "warm")]
+    return [name, f"{found['parameters']:,}", *times, *ratios, *firsts]
 
 
 class Contenders:
@@ -45,12 +71,17 @@ class Contenders:
         self.step = TrainStep(
             self.model, CrossEntropy(), self.recipe.optimizer(self.model.parameters(), self.config.lr)
         )
+        self.program = self.step.compile(progress=False)
         kind = torch.optim.AdamW if self.recipe.optimizer is torch.optim.AdamW else torch.optim.SGD
         self.optimizer = kind(self.twin.parameters(), lr=self.config.lr)
 
     def by_hand(self) -> None:
         """A step of handgrad."""
         self.step(*minibatch(self.data, self.config.batch_size, self.generator))
+
+    def by_program(self) -> None:
+        """A step of handgrad, compiled."""
+        self.program(*minibatch(self.data, self.config.batch_size, self.generator))
 
     def by_autograd(self) -> None:
         """A step of torch.nn."""
@@ -92,10 +123,20 @@ def main() -> int:
     parser.add_argument("--models", default=",".join(TWINS), help="which (default: all)")
     parser.add_argument("--seconds", type=float, default=20.0, help="time for each model (default 20)")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default 1)")
+    parser.add_argument("--no-first", action="store_true", help="without the time to the compiled step's first result")
+    parser.add_argument("--first", help=argparse.SUPPRESS)
     parser.add_argument("--json", type=Path, metavar="PATH", help="write the results here")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     people = read_names(DATA)
+
+    def compiled(name: str) -> Row:
+        made: Any = lambda: Contender(None, Contenders(name, people).by_program)  # type: ignore[arg-type]  # noqa: E731
+        return Row(name, made, compiles=True)
+
+    if args.first:
+        print(first_result(compiled(args.first)))
+        return 0
     rows: dict[str, dict[str, Any]] = {}
     for name in tqdm(args.models.split(","), disable=None, unit="model"):
         contenders = Contenders(name, people)
@@ -103,24 +144,20 @@ def main() -> int:
         if not difference < 1e-6:
             print(f"{name}: handgrad and torch.nn differ by {difference:.1e} after five steps", file=sys.stderr)
             return 1
-        times = interleave(
-            {"handgrad": timed(contenders.by_hand), "autograd": timed(contenders.by_autograd)}, seconds=args.seconds
-        )
-        faster = ratio(times["handgrad"].rounds(), times["autograd"].rounds())
+        contenders.by_program()
+        sides = {"handgrad": contenders.by_hand, "compiled": contenders.by_program, "autograd": contenders.by_autograd}
+        times = interleave({side: timed(call) for side, call in sides.items()}, seconds=args.seconds)
         rows[name] = {
             "parameters": sum(p.numel() for p in contenders.model.parameters()),
-            "handgrad_us": 1e6 * times["handgrad"].median(),
-            "autograd_us": 1e6 * times["autograd"].median(),
-            "ratio": faster.value,
-            "ratio_low": faster.low,
-            "ratio_high": faster.high,
             "difference_float64": difference,
+            **{f"{side}_us": 1e6 * t.median() for side, t in times.items()},
+            **{side: ratio(times[side].rounds(), times["autograd"].rounds()) for side in ("handgrad", "compiled")},
         }
-    print(f"{'model':<10}{'parameters':>12}{'handgrad us':>14}{'autograd us':>14}   autograd / handgrad (95 %)")
-    for name, row in rows.items():
-        interval = f"{row['ratio_low']:.2f} to {row['ratio_high']:.2f}"
-        speeds = f"{row['handgrad_us']:>14,.0f}{row['autograd_us']:>14,.0f}"
-        print(f"{name:<10}{row['parameters']:>12,}{speeds}   {row['ratio']:.2f} ({interval})")
+        if not args.no_first:
+            command = [sys.executable, __file__, "--threads", str(args.threads)]
+            with tempfile.TemporaryDirectory() as folder:
+                rows[name]["first_result_seconds"] = first_results(command, compiled(name), Path(folder))
+    print(text_table([HEAD, *(row(name, found) for name, found in rows.items())], ALIGN))
     if args.json is not None:
         text = json.dumps({"environment": environment(), "models": rows}, indent=2)
         args.json.write_text(text + "\n")
