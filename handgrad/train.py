@@ -180,8 +180,12 @@ class TrainStep:
         - A layer must be a graph of tensors: an `.item()`, or an `if` on a value, is a CompileError. What it does to
           Python objects (a print, a counter of its own) happens when it is traced, and then no more.
         - A change that no attribute shows is not seen: of a global variable, or of what a closure holds.
+        - With a process group, each process compiles forward, loss and backward of its part. Messages and update are as
+          without compile(), and `many` is a loop over the steps. All wait for the last one to compile: in the first
+          step, so the time limit of the group must allow for that. Parts without rows run as without compile().
 
-        Raises CompileError with a torch older than 2.13; on a CPU, without a C++ compiler; with a process group.
+        Raises CompileError with a torch older than 2.13; on a CPU, without a C++ compiler; with a process group and a
+        SyncBatchNorm, which has messages to wait for in the middle of the program.
         """
         self._refuse_what_no_program_can("compile")
         return (CompiledTrainStep if self.processes is None else CompiledPart)(self, progress)
