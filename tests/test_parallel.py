@@ -399,11 +399,11 @@ def differing(rank, world):
 
 def refusing(rank, world, compiled):
     """The second process is given a target that is no class, and then a wrong shape; then all go on."""
-    model, found = mlp(), []
+    model, found = mlp(hg.BatchNorm1d(8)), []
     step = TrainStep(model, CrossEntropy(), SGD(model.parameters(), lr=0.1), process_group=True)
     step = step.compile() if compiled else step
     before = {key: t.clone() for key, t in model.state_dict().items()}
-    x, y = torch.ones(4, 2, dtype=torch.int64), torch.ones(4, dtype=torch.int64)
+    x, y = torch.arange(8).view(4, 2) % V, torch.ones(4, dtype=torch.int64)
     for wrong in (y + 7, y[:3], y.double(), "y"):
         try:
             step(x, wrong if rank == 1 else y)
