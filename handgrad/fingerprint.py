@@ -20,8 +20,8 @@ class Fingerprint:
 
     It is taken when a step is traced; `fits()` says whether all is as it was. That is asked before each step, so it
     compares lists that were made beforehand: a few microseconds for a small model. Attributes of attributes count, too,
-    in lists, tuples, dicts and objects; what a closure or a global variable holds is not seen. Where no optimizer is given,
-    its options do not count.
+    in lists, tuples, dicts and objects; what a closure or a global variable holds is not seen. Of no optimizer, nothing
+    counts.
     """
 
     def __init__(

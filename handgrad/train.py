@@ -529,9 +529,10 @@ class CompiledPart(CompiledTrainStep):
         parts, structure = taken_apart((xs, targets))
         if self._outside() or any(part.numel() == 0 for part in parts):
             return super()._forward_backward(x, target, first, share)
+        before = [None if first else p.grad for p in self.params]
         program, losses, grads = self._results(xs, targets, parts, structure)
-        for p in self.params if first else ():
-            p.grad = None
+        for p, grad in zip(self.params, before):  # tracing frees them
+            p.grad = grad
         for i, grad in zip(program.traced.graded, grads):
             p = self.params[i]
             p.grad = grad if p.grad is None else p.grad.add_(grad)

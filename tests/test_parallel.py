@@ -245,6 +245,22 @@ def test_a_compiled_one_is_traced_once_and_a_copy_trains_the_copy(capsys):
     assert not model[2].weight.equal(before["2.weight"])
 
 
+@pytest.mark.slow
+@COMPILES
+@pytest.mark.usefixtures("alone_in_a_group")
+def test_a_compiled_one_accumulates_minibatches_of_unequal_size():
+    """The second is traced while the gradients of the first are there."""
+    x, y = torch.arange(8).view(4, 2) % V, torch.arange(4)
+    states = []
+    for compiled in (False, True):
+        model = mlp()
+        step = TrainStep(model, CrossEntropy(), SGD(model.parameters(), lr=0.1), process_group=True, accumulate=2)
+        step = step.compile() if compiled else step
+        step([x, x[:3]], [y, y[:3]])
+        states.append(model.state_dict())
+    assert all(float((t - states[1][key]).abs().max()) < WEIGHT for key, t in states[0].items())
+
+
 def test_two_processes_take_the_step_of_one():
     compare(results(2, all_of, ["mlp", "batch norm"], ["uneven"]), 2)
 
