@@ -20,7 +20,8 @@ class Fingerprint:
 
     It is taken when a step is traced; `fits()` says whether all is as it was. That is asked before each step, so it
     compares lists that were made beforehand: a few microseconds for a small model. Attributes of attributes count, too,
-    in lists, tuples, dicts and objects; what a closure or a global variable holds is not seen.
+    in lists, tuples, dicts and objects; what a closure or a global variable holds is not seen. Of no optimizer, nothing
+    counts.
     """
 
     def __init__(
@@ -28,7 +29,7 @@ class Fingerprint:
         layers: Sequence[Layer],
         params: Sequence[Tensor],
         state: Sequence[Tensor],
-        optimizer: torch.optim.Optimizer,
+        optimizer: torch.optim.Optimizer | None,
         scheduled: Sequence[str],
     ) -> None:
         self._owners: list[Any] = []  # each dict and list as it is now,
@@ -39,10 +40,11 @@ class Fingerprint:
             self._note(vars(layer), seen)
         for param in params:  # whether it is frozen
             self._note(vars(param), seen)
-        self._optimizer = optimizer
-        self._held += [(vars(optimizer), name, getattr(optimizer, name)) for name in ("state", "param_groups")]
-        self._note(optimizer.state, seen)
-        self._options = [name for name in optimizer.defaults if name not in scheduled]
+        self._optimizer, self._options = optimizer, list[str]()
+        if optimizer is not None:
+            self._held += [(vars(optimizer), name, getattr(optimizer, name)) for name in ("state", "param_groups")]
+            self._note(optimizer.state, seen)
+            self._options = [name for name in optimizer.defaults if name not in scheduled]
         self._groups = self._of_groups()
         self._state = state
         self._specs = [list(map(question, state)) for question in QUESTIONS]
@@ -80,7 +82,7 @@ class Fingerprint:
         """Of each parameter group: its parameters, its options, and whether it has a momentum at all."""
         return [
             (list(map(id, group["params"])), list(map(group.get, self._options)), group.get("momentum", 0) != 0)
-            for group in self._optimizer.param_groups
+            for group in (() if self._optimizer is None else self._optimizer.param_groups)
         ]
 
 

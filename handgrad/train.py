@@ -182,11 +182,15 @@ class TrainStep:
         - A layer must be a graph of tensors: an `.item()`, or an `if` on a value, is a CompileError. What it does to
           Python objects (a print, a counter of its own) happens when it is traced, and then no more.
         - A change that no attribute shows is not seen: of a global variable, or of what a closure holds.
+        - With a process group, each process compiles forward, loss and backward of its part. Messages and update are as
+          without compile(), and `many` is a loop over the steps. All wait for the last one to compile: in the first
+          step, so the time limit of the group must allow for that. Parts without rows run as without compile().
 
-        Raises CompileError with a torch older than 2.13; on a CPU, without a C++ compiler; with a process group.
+        Raises CompileError with a torch older than 2.13; on a CPU, without a C++ compiler; with a process group and a
+        SyncBatchNorm, which has messages to wait for in the middle of the program.
         """
         self._refuse_what_no_program_can("compile")
-        return CompiledTrainStep(self, progress)
+        return (CompiledTrainStep if self.processes is None else CompiledPart)(self, progress)
 
     def export(self, path: str | PathLike[str], x: Any, target: Any, *, progress: bool | None = None) -> None:
         """Write the step for a minibatch like (x, target) as a program that needs neither handgrad nor Python.
@@ -330,9 +334,8 @@ class TrainStep:
         if any(layer._watchers for layer in layers):
             problem = "a compiled step cannot be watched, for its program has no place to look at; "
             raise StateError(f"TrainStep.compile: {problem}look inside the step as it was before compile()")
-        optimizer = self.optimizer if _in_program(self.optimizer) else None
-        stage = Stage(layers, self.params, optimizer, self.accumulate, self._mean, self._forward_backward, self._finish)
-        new = [] if optimizer is None else begin(optimizer, self.params)
+        stage = self._stage(layers)
+        new = [] if stage.optimizer is None else begin(stage.optimizer, self.params)
         progress.tell("tracing the step")
         try:
             traced = trace(stage, x, target)
@@ -347,6 +350,11 @@ class TrainStep:
             problem = "the step is not one graph of tensors (a layer may read a value, by .item() or if): "
             raise CompileError(f"TrainStep.compile: {problem}{error}") from error
         return traced, stage, new
+
+    def _stage(self, layers: list[Layer]) -> Stage:
+        """What the program does."""
+        optimizer = self.optimizer if _in_program(self.optimizer) else None
+        return Stage(layers, self.params, optimizer, self.accumulate, self._mean, self._forward_backward, self._finish)
 
     def _explain(self, x: Any, target: Any) -> None:
         """Raise what the layers say of a minibatch when no program hides it, if they say anything; on a copy."""
@@ -367,7 +375,10 @@ class TrainStep:
         """Raise where there can be no program: for what the step does, or for what is installed here."""
         if self.processes is not None:
             problem = "messages to other processes are no part of a program; use the step as it is, or without a "
-            raise CompileError(f"TrainStep.{what}: {problem}process_group")
+            if what == "export":
+                raise CompileError(f"TrainStep.{what}: {problem}process_group")
+            if any(isinstance(layer, SyncBatchNorm) for _, layer in self.model.named_layers()):
+                raise CompileError(f"TrainStep.{what}: {problem}SyncBatchNorm")
         if torch.__version__ < COMPILING:
             problem = f"torch must be {COMPILING} or newer, for graphs of an older one take an index of -1, or crash; "
             problem += f"upgrade it, or use the step as it is; got {torch.__version__}"
@@ -437,23 +448,12 @@ class CompiledTrainStep(TrainStep):
         self._begin()
         try:
             parts, structure = taken_apart((xs, targets))
-            parts = [part.contiguous() for part in parts]
-            program = self._program(xs, targets, parts, structure)
-            outside = program.stage.optimizer is None
-            try:
-                losses, wrong, grads = program([*numbers(program.stage.optimizer).values()], parts)
-            except RuntimeError as error:
-                for k in range(len(parts[0])):
-                    self._explain(minibatches(xs, k), minibatches(targets, k))
-                raise CompileError(f"TrainStep.compile: the program failed; nothing has changed; {error}") from error
-            if wrong >= 0:
-                self._explain(minibatches(xs, wrong), minibatches(targets, wrong))
-                raise IndexRangeError(f"TrainStep.compile: an index in minibatch {wrong} is out of range")
+            program, losses, grads = self._results(xs, targets, parts, structure)
             for p in self.params:
                 p.grad = None
             for i, grad in zip(program.traced.graded, grads):
                 self.params[i].grad = grad
-            if outside:
+            if program.stage.optimizer is None:
                 self._finish([p for p in self.params if p.grad is not None])
                 self.optimizer.step()
             else:
@@ -461,6 +461,23 @@ class CompiledTrainStep(TrainStep):
         finally:
             del _at_work[id(self.model)]
         return losses
+
+    def _results(
+        self, xs: Any, targets: Any, parts: list[Tensor], structure: Any
+    ) -> tuple[Program, Tensor, list[Tensor]]:
+        """What the program for such minibatches comes to: the losses and the last gradients; nothing after an error."""
+        parts = [part.contiguous() for part in parts]
+        program = self._program(xs, targets, parts, structure)
+        try:
+            losses, wrong, grads = program([*numbers(program.stage.optimizer).values()], parts)
+        except RuntimeError as error:
+            for k in range(len(parts[0])):
+                self._explain(minibatches(xs, k), minibatches(targets, k))
+            raise CompileError(f"TrainStep.compile: the program failed; nothing has changed; {error}") from error
+        if wrong >= 0:
+            self._explain(minibatches(xs, wrong), minibatches(targets, wrong))
+            raise IndexRangeError(f"TrainStep.compile: an index in minibatch {wrong} is out of range")
+        return program, losses, grads
 
     def _outside(self) -> bool:
         """Whether the next step is none for a program: one that layers refuse, or a first one with dampening."""
@@ -488,8 +505,53 @@ class CompiledTrainStep(TrainStep):
             for p in new:
                 if id(p) not in graded:
                     del self.optimizer.state[p]  # as without a program: no gradient, no state
-            fingerprint = Fingerprint(stage.layers, self.params, traced.state, self.optimizer, SCHEDULED)
+            optimizer = self.optimizer if self.processes is None else None  # which is never in their program
+            fingerprint = Fingerprint(stage.layers, self.params, traced.state, optimizer, SCHEDULED)
             return fingerprint, compiled(traced, stage, progress.tell)
+
+
+class CompiledPart(CompiledTrainStep):
+    """The compiled step of one of several processes: a program does forward, loss and backward of a minibatch's part.
+
+    All else is as in `TrainStep`: what the processes tell each other, the update, and `many`, which is a loop here. (A
+    program that itself waits for other processes can wait forever: torch runs it with Python's lock held, which the
+    thread that brings their messages may need.)
+    """
+
+    def __init__(self, step: TrainStep, progress: bool | None) -> None:
+        super().__init__(step, progress)
+        self.processes, self.joined_loss = step.processes, step.joined_loss
+
+    __call__ = TrainStep.__call__
+    many = TrainStep.many
+
+    def _forward_backward(self, x: Any, target: Any, first: bool = True, share: Tensor | None = None) -> Tensor:
+        """Do as TrainStep does, by the program; but without it for a part of no rows."""
+        xs, targets = joined(x, 0), joined((target, share), 0)
+        parts, structure = taken_apart((xs, targets))
+        if self._outside() or any(part.numel() == 0 for part in parts):
+            return super()._forward_backward(x, target, first, share)
+        before = [None if first else p.grad for p in self.params]
+        program, losses, grads = self._results(xs, targets, parts, structure)
+        for p, grad in zip(self.params, before):  # tracing frees them
+            p.grad = grad
+        for i, grad in zip(program.traced.graded, grads):
+            p = self.params[i]
+            p.grad = grad if p.grad is None else p.grad.add_(grad)
+        return losses[0]
+
+    def _stage(self, layers: list[Layer]) -> Stage:
+        def one(x: Any, target_and_share: Any) -> Tensor:
+            target, share = target_and_share
+            return TrainStep._forward_backward(self, x, target, True, share)
+
+        return Stage(layers, self.params, None, 1, self._mean, one, self._finish)
+
+    def _explain(self, x: Any, target: Any) -> None:
+        super()._explain(x, target[0])
+
+    def _outside(self) -> bool:
+        return not torch.is_grad_enabled() or is_any_autocast_enabled()
 
 
 def _refuse_no_gradient(params: list[Tensor]) -> None:

@@ -33,6 +33,7 @@ from handgrad import (
     to_torch,
 )
 from tests.processes import results, together
+from tests.versions import COMPILES
 
 V = 5
 GRADIENT, WEIGHT = 1e-13, 1e-12  # how far from one process, in float64: gradients, and weights after 20 steps
@@ -157,24 +158,26 @@ def data(scenario):
     return x, y
 
 
-def trained(rank, world, scenario, how, group=None):
-    """The first gradients, the losses and the model after 20 steps on this process's part."""
+def trained(rank, world, scenario, how, group=None, compiled=False):
+    """The first gradients, the losses and the model after 20 steps on this process's part, the latter 10 by `many`."""
     make, make_loss, _, options = SCENARIOS[scenario]
     torch.manual_seed(0)
     model, loss = make(), make_loss()
     step = TrainStep(
         model, loss, SGD(model.parameters(), lr=0.1, momentum=0.9), **options, process_group=group, joined_loss=True
     )
+    step = step.compile() if compiled else step
     parts = cuts(world, how)
     x, y = (t[:, :, parts[rank] : parts[rank + 1]] for t in data(scenario))
     y = y.flatten(2)
     if "accumulate" not in options:
         x, y = x[:, 0], y[:, 0]
     losses, grads = [], None
-    for k in range(STEPS):
+    for k in range(STEPS // 2):
         losses.append(step(x[k], y[k]))
         if grads is None:
             grads = [None if p.grad is None else p.grad.clone() for p in model.parameters()]
+    losses += step.many(x[STEPS // 2 :], y[STEPS // 2 :])
     return grads, torch.stack(losses), model.state_dict()
 
 
@@ -183,11 +186,11 @@ def alone(scenario):
     return trained(0, 1, scenario, "even")
 
 
-def all_of(rank, world, names, ways):
-    return {(name, how): trained(rank, world, name, how, True) for name in names for how in ways}
+def all_of(rank, world, names, ways, compiled=False):
+    return {(name, how): trained(rank, world, name, how, True, compiled) for name in names for how in ways}
 
 
-def compare(found, world):
+def compare(found, world, compiled=False):
     """Hold every process against one; the largest differences of gradients and of weights."""
     worst = [0.0, 0.0]
     for result in found:
@@ -197,7 +200,7 @@ def compare(found, world):
             for g, e in zip(grads, expected_grads):
                 if g is not None:
                     worst[0] = max(worst[0], float((g - e).abs().max()))
-                    assert g.untyped_storage().nbytes() == g.nbytes  # no view of a bucket
+                    assert compiled or g.untyped_storage().nbytes() == g.nbytes  # no view of a bucket
             for key, tensor in state.items():
                 worst[1] = max(worst[1], float((tensor - expected_state[key]).abs().max()))
             assert float((losses - expected_losses).abs().max()) < WEIGHT, (name, how)
@@ -205,6 +208,57 @@ def compare(found, world):
             assert worst[1] < WEIGHT, (name, how, worst)
             assert all(state[key].equal(found[0][name, how][2][key]) for key in state)  # alike to the bit
     return worst
+
+
+@pytest.mark.slow
+@COMPILES
+@pytest.mark.parametrize(
+    ("world", "names", "ways"),
+    [
+        (1, ["mlp"], ["even"]),
+        (2, ["mlp", "clipping", "accumulation"], ["even", "uneven", "empty"]),
+        (2, ["a sum", "ignored rows", "tied", "frozen"], ["uneven"]),
+        (3, ["mlp", "clipping", "accumulation"], ["even", "uneven", "empty"]),
+    ],
+)
+def test_compiled_they_take_it_too(world, names, ways):
+    compare(results(world, all_of, names, ways, True, timeout=200, limit=500), world, compiled=True)
+
+
+@pytest.mark.slow
+@COMPILES
+@pytest.mark.usefixtures("alone_in_a_group")
+def test_a_compiled_one_is_traced_once_and_a_copy_trains_the_copy(capsys):
+    model = mlp()
+    step = TrainStep(model, CrossEntropy(), SGD(model.parameters(), lr=0.1, momentum=0.9), process_group=True)
+    step = step.compile(progress=True)
+    x, y = torch.ones(4, 2, dtype=torch.int64), torch.ones(4, dtype=torch.int64)
+    losses = [step(x, y) for _ in range(3)]
+    assert losses[0] > losses[1] > losses[2]
+    assert capsys.readouterr().err.count("tracing") == 1
+    before = copy.deepcopy(model.state_dict())
+    twin = copy.deepcopy(step)
+    expected = step(x, y)
+    assert twin(x, y).equal(expected)
+    assert twin.model is not model
+    assert all(t.equal(twin.model.state_dict()[key]) for key, t in model.state_dict().items())
+    assert not model[2].weight.equal(before["2.weight"])
+
+
+@pytest.mark.slow
+@COMPILES
+@pytest.mark.usefixtures("alone_in_a_group")
+def test_a_compiled_one_accumulates_minibatches_of_unequal_size():
+    """The second is traced while the gradients of the first are there."""
+    x, y = torch.arange(8).view(4, 2) % V, torch.arange(4)
+    states = []
+    for compiled in (False, True):
+        model = mlp()
+        step = TrainStep(model, CrossEntropy(), SGD(model.parameters(), lr=0.1), process_group=True, accumulate=2)
+        step = step.compile() if compiled else step
+        step([x, x[:3]], [y, y[:3]])
+        states.append(model.state_dict())
+    assert all(float((t - states[1][key]).abs().max()) < WEIGHT for key, t in states[0].items())
 
 
 def test_two_processes_take_the_step_of_one():
@@ -300,11 +354,12 @@ def test_arguments(monkeypatch):
     with pytest.raises(ArgumentError, match=text):
         TrainStep(model, CrossEntropy(), SGD(model.parameters()), process_group=3)
     step = TrainStep(model, CrossEntropy(), SGD(model.parameters(), lr=0.1), process_group=True)
-    text = "messages to other processes are no part of a program; use the step as it is, or without a process_group"
-    with pytest.raises(CompileError, match=r"TrainStep\.compile: " + text):
-        step.compile()
+    text = "messages to other processes are no part of a program; use the step as it is, or without a "
+    joined = TrainStep(norm := mlp(SyncBatchNorm(8)), CrossEntropy(), SGD(norm.parameters()), process_group=True)
+    with pytest.raises(CompileError, match=r"TrainStep\.compile: " + text + "SyncBatchNorm"):
+        joined.compile()
     x, y = torch.ones(4, 2, dtype=torch.int64), torch.ones(4, dtype=torch.int64)
-    with pytest.raises(CompileError, match=r"TrainStep\.export: " + text):
+    with pytest.raises(CompileError, match=r"TrainStep\.export: " + text + "process_group"):
         step.export("step", x, y)
     twin = copy.deepcopy(step)
     assert step(x, y).equal(twin(x, y))
@@ -358,12 +413,13 @@ def differing(rank, world):
     return found
 
 
-def refusing(rank, world):
+def refusing(rank, world, compiled):
     """The second process is given a target that is no class, and then a wrong shape; then all go on."""
-    model, found = mlp(), []
+    model, found = mlp(hg.BatchNorm1d(8)), []
     step = TrainStep(model, CrossEntropy(), SGD(model.parameters(), lr=0.1), process_group=True)
+    step = step.compile() if compiled else step
     before = {key: t.clone() for key, t in model.state_dict().items()}
-    x, y = torch.ones(4, 2, dtype=torch.int64), torch.ones(4, dtype=torch.int64)
+    x, y = torch.arange(8).view(4, 2) % V, torch.ones(4, dtype=torch.int64)
     for wrong in (y + 7, y[:3], y.double(), "y"):
         try:
             step(x, wrong if rank == 1 else y)
@@ -376,9 +432,10 @@ def refusing(rank, world):
     return found
 
 
-def dying(rank, world, how):
+def dying(rank, world, how, compiled=False):
     model = mlp(SyncBatchNorm(8) if how == "refuses" else None)
     step = TrainStep(model, CrossEntropy(), SGD(model.parameters(), lr=0.1), process_group=True)
+    step = step.compile() if compiled else step
     x, y = torch.ones(4, 2, dtype=torch.int64), torch.ones(4, dtype=torch.int64)
     step(x, y)
     if rank == 1:
@@ -408,8 +465,9 @@ def test_different_models_are_an_error_in_every_process():
 
 
 @pytest.mark.slow
-def test_a_step_that_fails_in_one_process_changes_nothing_in_any():
-    others, own = results(2, refusing)
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=COMPILES)])
+def test_a_step_that_fails_in_one_process_changes_nothing_in_any(compiled):
+    others, own = results(2, refusing, compiled, timeout=200)
     text = "ProcessError: TrainStep: another process failed in this step, and nothing has changed; see its error"
     assert others == [text] * 4
     assert [text.split(":")[0] for text in own] == ["IndexRangeError", "ShapeError", "DtypeError", "DtypeError"]
@@ -424,6 +482,16 @@ def test_a_process_that_does_not_come_is_an_error(how):
     assert "another process has ended, does something else, or did not come within the time limit of the group" in text
     assert seconds < (2 if how == "ends" else 6)
     assert found[1] is None or how != "ends"
+
+
+@pytest.mark.slow
+@COMPILES
+@pytest.mark.parametrize("how", ["ends", "hangs"])
+def test_a_process_that_does_not_come_is_an_error_compiled_too(how):
+    together(1, dying, "", True)  # so that the program is in the cache
+    text, seconds = together(2, dying, how, True, timeout=8)[0]
+    assert "another process has ended, does something else, or did not come within the time limit of the group" in text
+    assert seconds < (4 if how == "ends" else 12)
 
 
 # ---------------------------------------------------------------------- what torch has

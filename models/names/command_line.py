@@ -69,7 +69,7 @@ def run_script(recipe: Recipe, args: argparse.Namespace, stop: Stop, team: Team)
     inside = Inside(run, step.loss, tripwire=args.tripwire, watch=args.watch is not None)
     if args.compile or args.export is not None:
         try:
-            compiled = step.compile()
+            compiled = step.compile(progress=None if team.rank == 0 else False)
         except CompileError as error:
             raise InputError(str(error)) from None
         step = compiled if args.compile else step
@@ -172,7 +172,7 @@ def first_not_finite(run: Run, losses: dict[str, float]) -> str | None:
 
 def refuse(args: argparse.Namespace, team: Team) -> None:
     """Raise InputError, before any work, for what could only fail later."""
-    for flag in ("check", "compile", "export", "tripwire", "watch"):
+    for flag in ("check", "export", "tripwire", "watch"):
         if team.size > 1 and getattr(args, flag):
             raise InputError(f"--{flag} is for a run in one process; omit it, or torchrun")
     given = [(f"--{flag}", getattr(args, flag)) for flag in ("data", "resume", "save", "report", "plot", "watch")]

@@ -20,6 +20,7 @@ from names.data import Vocabulary
 from names.run import Config, Run
 from names.team import Team
 from tests.models.running import ENVIRONMENT, MODELS, checkpoint_step, equal_checkpoints, script
+from tests.versions import COMPILES
 
 
 def torchrun(name: str, *arguments: object, restarts: int = 0) -> subprocess.Popen[str]:
@@ -115,12 +116,36 @@ def test_two_processes_end_with_the_losses_of_one(name: str, tmp_path: Path, dat
 
 
 @pytest.mark.slow
-def test_what_several_processes_cannot_do_is_refused(tmp_path: Path, data: Path) -> None:
-    process = torchrun("names_mlp.py", "--data", data, "--compile")
+@COMPILES
+def test_two_processes_compile_and_end_with_the_losses_of_one(tmp_path: Path, data: Path) -> None:
+    common = ["--data", data, "--steps", 60, "--batch-size", 7, "--samples", 0]
+    script("names_gru.py", *common, "--report", tmp_path / "one.json")
+    process = torchrun("names_gru.py", *common, "--compile", "--report", tmp_path / "two.json")
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    a, b = (json.loads((tmp_path / f"{which}.json").read_text()) for which in ("one", "two"))
+    for key in ("train_loss", "val_loss", "test_loss"):
+        assert abs(a[key] - b[key]) < 2e-4, key
+    assert b["config"]["processes"] == 2
+    assert b["config"]["compile"]
+    assert "compiling the training step" in out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("flag", "problem"),
+    [
+        ("--check", "--check is for a run in one process; omit it, or torchrun"),
+        pytest.param("--compile", "use the step as it is, or without a SyncBatchNorm", marks=COMPILES),
+    ],
+)
+def test_what_several_processes_cannot_do_is_refused(flag: str, problem: str, data: Path) -> None:
+    process = torchrun("names_mlp.py", "--data", data, flag)
     out, err = process.communicate(timeout=120)
     assert process.returncode == 1
     assert out == ""
-    assert "names_mlp: error: --compile is for a run in one process; omit it, or torchrun" in err
+    assert "names_mlp: error: " in err
+    assert problem in err
 
 
 @pytest.mark.slow
