@@ -10,8 +10,20 @@ import pytest
 import torch
 from torch import Tensor
 
-from handgrad import SGD, CrossEntropy, Embedding, Flatten, Linear, Sequential, Tanh, TrainStep
-from handgrad.program import Stage, Traced, trace
+from handgrad import (
+    SGD,
+    CompileError,
+    CrossEntropy,
+    Embedding,
+    Flatten,
+    Layer,
+    Linear,
+    Sequential,
+    Tanh,
+    TrainStep,
+    buffer,
+)
+from handgrad.program import Stage, Traced, _Packed, trace
 from tests.versions import COMPILES
 
 pytestmark = COMPILES
@@ -103,3 +115,47 @@ def test_tracing_leaves_the_model_as_it_was() -> None:
         assert torch.equal(t, held[name][1])
         assert type(t) is Tensor
         assert t.grad is None
+
+
+def test_tensors_lie_end_to_end_all_of_a_dtype_in_one_and_come_apart_again() -> None:
+    tensors = [
+        torch.randn(2, 3),
+        torch.tensor(7),
+        torch.randn(4).double(),
+        torch.randn(3, 2).t(),
+        torch.tensor([1, 2]),
+        torch.randn(0, 5),
+        torch.tensor(0.5),
+    ]
+    packing = _Packed(tensors)
+    held = packing.together(tensors)
+    assert [(t.shape, t.dtype) for t in held] == [((13,), torch.float32), ((3,), torch.int64), ((4,), torch.float64)]
+    assert len(packing) == 3
+    for found, t in zip(packing.apart(held), tensors, strict=True):
+        assert torch.equal(found, t)
+        assert found.dtype is t.dtype
+    assert _Packed([]).together([]) == _Packed([]).apart([]) == []
+
+
+def test_an_index_computed_of_what_the_step_changes_is_refused() -> None:
+    class Walking(Layer):
+        """A row of a table, the next one in each step."""
+
+        place: Tensor = buffer(1)
+
+        def __init__(self) -> None:
+            self.place, self.table = torch.zeros(1, dtype=torch.int64), torch.arange(10.0)
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.check_input(x)
+            out = x + self.table.index_select(0, self.place)
+            self.place.add_(1)
+            self.push(out=out)
+            return out
+
+        def backward(self, dout: Tensor) -> Tensor:
+            self.pop(dout)
+            return dout
+
+    with pytest.raises(CompileError, match="an index is computed of a tensor that the step changes"):
+        traced(layer=Walking)
