@@ -88,7 +88,7 @@ def test_an_export_that_fails_costs_neither_the_run_nor_the_other_files(
 def test_what_an_export_needs_is_looked_for_before_training(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fails(*_: object) -> None:
+    def fails(*_: object, **__: object) -> None:
         raise CompileError("a C++ compiler must be installed")
 
     monkeypatch.setattr(TrainStep, "compile", fails)
