@@ -393,7 +393,7 @@ def chart(path: Path, data: dict[str, Any]) -> None:
     axes.margins(x=0.25)
     axes.set_xlim(left=0)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.set_xlabel("times the speed of torch.nn under autograd (the dashed line); beside it, the time of a step")
+    axes.set_xlabel("times the speed of torch.nn under autograd (the dashed line);\nbeside it, the time of a step")
     axes.set_title(f"One training step: {data['task']}, {data['environment']['threads']} thread(s)")
     figure.savefig(path, dpi=120)
 
