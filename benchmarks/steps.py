@@ -394,7 +394,7 @@ def chart(path: Path, data: dict[str, Any]) -> None:
     axes.set_xlim(left=0)
     axes.spines[["top", "right"]].set_visible(False)
     axes.set_xlabel("times the speed of torch.nn under autograd (the dashed line);\nbeside it, the time of a step")
-    axes.set_title(f"One training step: {data['task']}, {data['environment']['threads']} thread(s)")
+    axes.set_title(f"One training step, {data['environment']['threads']} thread(s)\n{data['task']}")
     figure.savefig(path, dpi=120)
 
 
