@@ -296,7 +296,7 @@ class Layer:
             refuse_tracked(self, out)
             spec = spec_of(out)
         records, versions, thread = self._records, [], 0
-        if not is_compiling():  # a compiled graph has no count of changes, and no threads
+        if type(out) is Tensor or not is_compiling():  # where a graph is made, there is no count of changes, no thread
             thread = get_ident()
             if records:
                 self._refuse_earlier(thread)
