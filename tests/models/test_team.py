@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import names_gpt
@@ -169,15 +170,17 @@ def test_a_run_survives_twenty_kills_and_ends_bit_equal(tmp_path: Path, data: Pa
     process.communicate(timeout=300)
     process = torchrun("names_mlp.py", *common, "--save", tmp_path / "killed", restarts=40)
     kills, random_ = 0, random.Random(0)
-    while process.poll() is None and kills < 20:
-        time.sleep(random_.uniform(0.1, 7))
-        if alive := workers(process.pid):
-            try:
-                os.kill(random_.choice(alive), signal.SIGKILL)
-            except ProcessLookupError:
-                continue
-            kills += 1
-    out, err = process.communicate(timeout=300)
+    with ThreadPoolExecutor() as reader:
+        ended = reader.submit(process.communicate, timeout=600)  # from the start, or torchrun stops at a full pipe
+        while process.poll() is None and kills < 20:
+            time.sleep(random_.uniform(0.1, 7))
+            if alive := workers(process.pid):
+                try:
+                    os.kill(random_.choice(alive), signal.SIGKILL)
+                except ProcessLookupError:
+                    continue
+                kills += 1
+        out, err = ended.result()
     assert process.returncode == 0, err[-3000:]
     assert kills == 20
     assert "going on after step" in out
