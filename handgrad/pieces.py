@@ -108,13 +108,13 @@ def blockwise(formula: Callable[..., R], *tensors: Tensor) -> R:
     return cast(R, (joined, *totals) if totals else joined)
 
 
-def where_positive(dout: Tensor, out: Tensor, dx: Tensor | None = None) -> Tensor:
+def where_positive(dout: Tensor, out: Tensor) -> Tensor:
     """``dout.where(out > 0, 0)``, which on a processor is several times as slow as a product with the sign of out.
 
     The product is the same where dout is finite: infinity times 0 is NaN. (The sign of NaN is 0.)
     """
     if eager_on_cpu(out):
-        dx = torch.sign(out, out=dx).mul_(dout)
+        dx = out.sign().mul_(dout)
         if math.isfinite(dx.sum()):
             return dx
     return dout.where(out > 0, 0)

@@ -106,9 +106,9 @@ class ReLU(Layer):
     def backward(self, dout: Tensor) -> Tensor:
         (out,) = self.pop(dout)
 
-        def formula(dout: Tensor, out: Tensor, dx: Tensor | None = None) -> Tensor:
+        def formula(dout: Tensor, out: Tensor) -> Tensor:
             # out = max(x, 0)
-            return where_positive(dout, out, dx)  # dout where out > 0, else 0
+            return where_positive(dout, out)  # dout where out > 0, else 0
 
         return blockwise(formula, dout, out)
 

@@ -180,7 +180,8 @@ class GroupNorm(Layer):
     Backward:  dbias = sum dout;  dweight = sum dout xhat, both over all but the channels;  dxhat = dout weight.
                Within a run all is as in LayerNorm: with `avg` the mean over its n values,
                dx = rstd (dxhat - avg(dxhat) - xhat avg(dxhat xhat))
-               weight is one number per channel, so avg(v weight) is that of the channels' sums of v, times weight
+               weight is one number per channel: with `sums` over the channel's values of a sample,
+               n avg(dxhat) = sum weight sums(dout),  n avg(dxhat xhat) = sum weight sums(dout xhat) over its channels
     Recorded:  x, mean, rstd, weight
     Raises:    ArgumentError where num_groups does not divide num_channels; ShapeError, also for a single sample of one
                value per group; DtypeError; StateError.
@@ -229,21 +230,16 @@ class GroupNorm(Layer):
         n = by_group[2] * by_group[3]
         gain = 1.0 if weight is None else in_float32(weight).view(G, -1, 1)
 
-        def formula(
-            dout: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, dx: Tensor | None = None
-        ) -> tuple[Tensor, Tensor, Tensor]:
-            # out = xhat weight + bias,  xhat = diff rstd
-            diff = torch.sub(x, mean, out=dx)
-            sums = dout.sum(3, keepdim=True)  # (N, G, C/G, 1)
-            product = dout * diff
-            sums_xhat = product.sum(3, keepdim=True) * rstd
+        def formula(dout: Tensor, x: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            # out = xhat weight + bias
+            xhat = (x - mean) * rstd
+            sums, sums_xhat = dout.sum(3, keepdim=True), (dout * xhat).sum(3, keepdim=True)  # (N, G, C/G, 1)
             dweight, dbias = sums_xhat.sum((0, 3)), sums.sum((0, 3))  # (G, C/G)
-            # dxhat = dout weight:  avg(dxhat) and avg(dxhat xhat)
-            avg, avg_xhat = ((s * gain).sum(2, keepdim=True) / n for s in (sums, sums_xhat))  # (N, G, 1, 1)
-            # diff = x - mean:  dx = dout weight rstd - diff rstd^2 avg_xhat - rstd avg
-            scaled = torch.mul(dout, gain * rstd, out=product)
-            centred = torch.addcmul(scaled, diff, avg_xhat * rstd * rstd, value=-1, out=diff)
-            return centred.sub_(avg * rstd), dweight, dbias
+            # dxhat = dout weight:  avg(dxhat) and avg(dxhat xhat), (N, G, 1, 1)
+            avg, avg_xhat = (sums * gain).sum(2, keepdim=True) / n, (sums_xhat * gain).sum(2, keepdim=True) / n
+            # xhat = (x - mean) rstd
+            dx = rstd * (dout * gain - avg - xhat * avg_xhat)
+            return dx, dweight, dbias
 
         dx, dweight, dbias = blockwise(
             formula, dout.reshape(by_group), x.reshape(by_group), mean[..., None, None], rstd[..., None, None]
