@@ -48,20 +48,23 @@ def check_indices(module: fx.GraphModule) -> fx.GraphModule | None:
             pairs = zip(args[1], args[0].meta["val"].shape)
             args[1] = [found.clamped(i, size, node, wraps=True) if i in given else i for i, size in pairs]
         node.args = tuple(args)
-    if found.outside is None:
-        return None
-    copied, needed = fx.Graph(), {found.outside}
-    for node in reversed(graph.nodes):
-        if node in needed:
-            needed.update(node.all_input_nodes)
-    copies: dict[fx.Node, fx.Node] = {}
-    for node in graph.nodes:
-        if node.op == "placeholder" or node in needed:
-            copies[node] = copied.node_copy(node, copies.__getitem__)
-    copied.output(copies[found.outside])
+    check = None if found.outside is None else _computing(module, found.outside)
     graph.eliminate_dead_code()
     graph.lint()
     module.recompile()
+    return check
+
+
+def _computing(module: fx.GraphModule, result: fx.Node) -> fx.GraphModule:
+    """A graph of the same inputs that computes this one node."""
+    copied, copies, needed = fx.Graph(), dict[fx.Node, fx.Node](), {result}
+    for node in reversed(module.graph.nodes):
+        if node in needed:
+            needed.update(node.all_input_nodes)
+    for node in module.graph.nodes:
+        if node.op == "placeholder" or node in needed:
+            copies[node] = copied.node_copy(node, copies.__getitem__)
+    copied.output(copies[result])
     return fx.GraphModule(module, copied)
 
 

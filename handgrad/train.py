@@ -277,7 +277,7 @@ class TrainStep:
         SyncBatchNorm, to other processes, too, is right as well.
         """
         A, params = self.accumulate, self.params
-        announce = not any(isinstance(layer, SyncBatchNorm) for _, layer in self.model.named_layers())
+        announce = not self._joins_batches
 
         def divisors() -> Tensor:
             each = [float(self.loss.divisor(t)) if self._mean else 1.0 for _, t in self._pairs(x, target)]
@@ -322,6 +322,11 @@ class TrainStep:
     @property
     def _mean(self) -> bool:
         return self.loss.reduction == "mean"
+
+    @property
+    def _joins_batches(self) -> bool:
+        """Whether a layer has messages of its own to other processes, in forward and backward."""
+        return any(isinstance(layer, SyncBatchNorm) for _, layer in self.model.named_layers())
 
     def _check_accumulated(self, x: Any, target: Any) -> None:
         if length(x, target) != self.accumulate:
@@ -377,7 +382,7 @@ class TrainStep:
             problem = "messages to other processes are no part of a program; use the step as it is, or without a "
             if what == "export":
                 raise CompileError(f"TrainStep.{what}: {problem}process_group")
-            if any(isinstance(layer, SyncBatchNorm) for _, layer in self.model.named_layers()):
+            if self._joins_batches:
                 raise CompileError(f"TrainStep.{what}: {problem}SyncBatchNorm")
         if torch.__version__ < COMPILING:
             problem = f"torch must be {COMPILING} or newer, for graphs of an older one take an index of -1, or crash; "

@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from handgrad import SGD, CrossEntropy, Linear, Sequential, Tanh, TrainStep, products
 from handgrad.rewrites import products_by_onednn
 from tests.exported import run_exported
+from tests.test_rewrites import graph_of
 from tests.versions import COMPILES
 
 ONEDNN = torch.backends.mkldnn.is_available()
@@ -22,13 +23,9 @@ def faster(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("handgrad.rewrites.onednn_is_faster", lambda: True)
 
 
-class Product(nn.Module):
-    def forward(self, a: Tensor, b: Tensor) -> Tensor:
-        return a @ b
-
-
-def rewritten(a: Tensor, b: Tensor) -> torch.fx.GraphModule:
-    module = torch.export.export(Product(), (a, b), strict=False).run_decompositions().graph_module
+def rewritten(*inputs: Tensor) -> torch.fx.GraphModule:
+    """The product of two matrices, or of one with itself."""
+    module = graph_of(lambda *given: given[0] @ given[-1], *inputs)
     products_by_onednn(module)
     return module
 
@@ -59,15 +56,7 @@ def test_large_float32_products_alone(size: int, dtype: torch.dtype, found: str)
 @pytest.mark.skipif(not ONEDNN, reason="this torch has no oneDNN")
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_a_matrix_times_itself() -> None:
-    a = torch.randn(128, 128)
-    module = torch.export.export(Square(), (a,), strict=False).run_decompositions().graph_module
-    products_by_onednn(module)
-    assert targets(module) == {"handgrad.product.default"}
-
-
-class Square(nn.Module):
-    def forward(self, a: Tensor) -> Tensor:
-        return a @ a
+    assert targets(rewritten(torch.randn(128, 128))) == {"handgrad.product.default"}
 
 
 def test_the_faster_library_is_found_by_measuring(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch.autograd import profiler
 
 from handgrad.bench.measure import both_sides, contenders_of
-from handgrad.tables import Table, seconds_text, text_table
+from handgrad.tables import seconds_text, text_table
 from handgrad.twins import Twin
 
 SHOWN = 0.01  # of the time: an operation with a smaller share is added to the others
@@ -56,8 +56,8 @@ def operations_table(twin: Twin, size: tuple[int, int], dtype: torch.dtype) -> s
         others = found[len(shown) :]
         if others:
             calls, seconds = (sum(column) for column in list(zip(*others))[1:])
-            shown.append(Operation(f"{len(others)} others", calls, seconds))
+            shown.append(Operation(f"{len(others)} more", calls, seconds))
         for i, op in enumerate(shown):
             share = f"{op.seconds / total:.0%}"
             rows.append(["" if i else name, op.name, f"{op.calls:,.0f}", seconds_text(op.seconds), share])
-    return text_table(*Table(rows, "llrrr"))
+    return text_table(rows, "llrrr")

@@ -12,6 +12,7 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import names_gpt
 import pytest
@@ -30,6 +31,22 @@ def torchrun(name: str, *arguments: object, restarts: int = 0) -> subprocess.Pop
     command += ["--max-restarts", str(restarts), "--monitor-interval", "0.1", str(MODELS / name), *map(str, arguments)]
     environment = ENVIRONMENT | {"OMP_NUM_THREADS": "1"}
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+Reported = tuple[dict[str, Any], str]  # and what was printed
+
+
+def in_one_and_in_two(folder: Path, name: str, common: list[object], *more: object) -> tuple[Reported, Reported]:
+    """The report of a run in one process, and of one in two with more arguments, which has the same losses."""
+    one = script(name, *common, "--report", folder / "one.json")
+    process = torchrun(name, *common, *more, "--report", folder / "two.json")
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    a, b = (json.loads((folder / f"{which}.json").read_text()) for which in ("one", "two"))
+    for key in ("train_loss", "val_loss", "test_loss"):
+        assert abs(a[key] - b[key]) < 2e-4, key
+    assert b["config"]["processes"] == 2
+    return (a, one.stdout), (b, out)
 
 
 def workers(agent: int) -> list[int]:
@@ -101,17 +118,10 @@ def test_masks_are_each_processes_own_and_depend_on_the_step(monkeypatch: pytest
 def test_two_processes_end_with_the_losses_of_one(name: str, tmp_path: Path, data: Path) -> None:
     """Batch norms and ignored targets included; one of them prints and writes."""
     common = ["--data", data, "--steps", 60, "--batch-size", 7, *(["--dropout", 0] if "gpt" in name else [])]
-    one = script(name, *common, "--report", tmp_path / "one.json")
-    process = torchrun(name, *common, "--report", tmp_path / "two.json", "--save", tmp_path / "two")
-    out, err = process.communicate(timeout=300)
-    assert process.returncode == 0, err
-    a, b = (json.loads((tmp_path / f"{which}.json").read_text()) for which in ("one", "two"))
-    for key in ("train_loss", "val_loss", "test_loss"):
-        assert abs(a[key] - b[key]) < 2e-4, key
-    assert b["config"]["processes"] == 2
+    (a, told), (b, out) = in_one_and_in_two(tmp_path, name, common, "--save", tmp_path / "two")
     assert b["steps_per_second"] > 0
     assert b["samples"] == a["samples"]
-    assert out.count("samples:") == one.stdout.count("samples:") == 1
+    assert out.count("samples:") == told.count("samples:") == 1
     assert out.count("2 processes, each with a part of every minibatch") == 1
     assert checkpoint_step(tmp_path / "two") == 60
 
@@ -120,14 +130,7 @@ def test_two_processes_end_with_the_losses_of_one(name: str, tmp_path: Path, dat
 @COMPILES
 def test_two_processes_compile_and_end_with_the_losses_of_one(tmp_path: Path, data: Path) -> None:
     common = ["--data", data, "--steps", 60, "--batch-size", 7, "--samples", 0]
-    script("names_gru.py", *common, "--report", tmp_path / "one.json")
-    process = torchrun("names_gru.py", *common, "--compile", "--report", tmp_path / "two.json")
-    out, err = process.communicate(timeout=300)
-    assert process.returncode == 0, err
-    a, b = (json.loads((tmp_path / f"{which}.json").read_text()) for which in ("one", "two"))
-    for key in ("train_loss", "val_loss", "test_loss"):
-        assert abs(a[key] - b[key]) < 2e-4, key
-    assert b["config"]["processes"] == 2
+    _, (b, out) = in_one_and_in_two(tmp_path, "names_gru.py", common, "--compile")
     assert b["config"]["compile"]
     assert "compiling the training step" in out
 
