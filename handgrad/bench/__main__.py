@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import importlib
 import sys
-import textwrap
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -126,7 +125,7 @@ def run(
         _progress("")
         print(lines(results[-1]), flush=True)
         if by_operation:
-            print(textwrap.indent(operations_table(twin, size, dtype), "    "), flush=True)
+            print(operations_table(twin, size, dtype), flush=True)
     left_out = list(dict.fromkeys(r.name for r in results if r.entries["autograd"].inside_ratio is None))
     if left_out:
         print(f"not inside a model, for they have several inputs or outputs: {', '.join(left_out)}")

@@ -47,3 +47,4 @@ def test_the_command_shows_them_below_the_result_and_nothing_of_the_profiler() -
     assert result.returncode == 0
     assert result.stderr == ""
     assert "aten::addcmul" in result.stdout
+    assert max(map(len, result.stdout.splitlines())) <= 100
