@@ -36,9 +36,9 @@ HEAD = [
     "TrainStep",
     "compiled",
     "autograd",
-    "TrainStep is",
-    "compiled is",
-    "first: cold",
+    "/ TrainStep",
+    "/ compiled",
+    "cold",
     "warm",
 ]
 ALIGN = "lrrrrrrrr"
@@ -157,6 +157,7 @@ def main() -> int:
             command = [sys.executable, __file__, "--threads", str(args.threads)]
             with tempfile.TemporaryDirectory() as folder:
                 rows[name]["first_result_seconds"] = first_results(command, compiled(name), Path(folder))
+    print("/ is autograd's time over it; cold and warm are the compiled step's first result, by the compiler's caches")
     print(text_table([HEAD, *(row(name, found) for name, found in rows.items())], ALIGN))
     if args.json is not None:
         text = json.dumps({"environment": environment(), "models": rows}, indent=2)

@@ -163,8 +163,8 @@ def steps(data: dict[str, Any]) -> tuple[str, Sequence[Sequence[str]], list[str]
 def models(data: dict[str, Any]) -> tuple[str, Sequence[Sequence[str]], list[str]]:
     """One row per names model."""
     notes = [
-        "Sampling the minibatch included, one thread; autograd's time over this. First is the time to the first result",
-        "of the compiled step in a new process: cold with torch's probes and precompiled header made, and warm.",
+        "Sampling the minibatch included, one thread; / is autograd's time over it. Cold and warm are the time to the",
+        "compiled step's first result in a new process, with torch's probes and header alone made, or all cached.",
     ]
     return "The names models", [MODELS_HEAD, *(models_row(*item) for item in data["models"].items())], notes
 
